@@ -1,0 +1,44 @@
+# Shorthands for those who work on Pontoon. Nothing here is needed to use it:
+# `go test ./...` tests everything, `go build` builds it.
+
+PKG      ?= ./...
+FUZZTIME ?= 30s
+COUNT    ?= 50
+BENCH    ?= .
+
+.PHONY: help test race lint fuzz stress bench ci clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' Makefile
+
+test: ## run all tests, as the README does
+	go test ./...
+
+race: ## run all tests under the race detector
+	go test -race ./...
+
+lint: ## gofmt, vet, staticcheck, tidy modules, and the rules of lint_test.go
+	./.ci/run format modules vet staticcheck
+	go test -run TestLint .
+
+fuzz: ## run every fuzz target for FUZZTIME (30s), in PKG (./...)
+	@set -e; for pkg in $$(go list $(PKG)); do \
+		for target in $$(go test -list '^Fuzz' $$pkg); do \
+			case $$target in Fuzz*) ;; *) continue ;; esac; \
+			echo "== $$pkg $$target"; \
+			go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) $$pkg; \
+		done; \
+	done
+
+stress: ## run the tests RUN (a pattern) COUNT (50) times under the race detector
+	@test -n '$(RUN)' || { echo 'say which: make stress RUN=TestName' >&2; exit 2; }
+	go test -race -count=$(COUNT) -run '$(RUN)' $(PKG)
+
+bench: ## run the benchmarks BENCH (all) in PKG
+	go test -run '^$$' -bench '$(BENCH)' -benchmem $(PKG)
+
+ci: ## everything a commit has to pass
+	./.ci/run
+
+clean: ## remove what builds leave behind; the data in pontoon-*/ stays
+	rm -f pontoon .build.lock *.test *.prof

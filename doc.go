@@ -1,0 +1,24 @@
+// Command pontoon is a replicated key-value store that any HTTP client can use.
+//
+// # Reading order
+//
+//	kv/          what is replicated: the state machine, without raft, clock or disk
+//	raft.go      the one goroutine that owns raft: collect, propose, ready, advance
+//	storage.go   the log and the snapshots on disk, and the order in which they are written
+//	kvstore.go   a write: propose and wait; and the goroutine that applies what was committed
+//	read.go      a linearizable read
+//	member.go    the rules of membership, as plain functions of a table
+//	peer.go      the peer port: what is refused, how a joiner learns the cluster
+//	httpapi.go   routes; httperror.go: errors → status; httpmetrics.go; listener.go: what a slow client may cost
+//	server.go    the parts of a member, how they start and stop
+//	status.go    /v1/status, /readyz; metrics.go: /metrics
+//	config.go    flags and every limit; main.go: exit codes
+//
+// # The way of a write
+//
+//	handler → proposeC → raft loop packs all that wait into one log entry
+//	        → to the followers and, at the same time, to the log: one sync for all
+//	        → majority → commitC → apply → each waiter gets its own result
+//
+// ARCHITECTURE.md has the goroutines, the files on disk and the decisions.
+package main

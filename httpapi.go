@@ -1,0 +1,1053 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+	"unicode/utf8"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"go.uber.org/zap"
+
+	"pontoon/api"
+	"pontoon/kv"
+)
+
+// backend is what the HTTP layer needs of the node. Every method may be called
+// from any number of goroutines; those with a context return once it ends.
+type backend interface {
+	put(ctx context.Context, key string, value []byte) (kv.Result, error) // value belongs to the caller again after return
+	delete(ctx context.Context, key string) (kv.Result, error)
+	get(ctx context.Context, key string, o readOptions) (kv.Entry, int64, error) // the entry, the store revision; errKeyNotFound
+
+	members() []api.Member
+	addMember(ctx context.Context, m memberSpec) (m2 api.Member, created bool, err error) // not created: the same id and URL were there
+	removeMember(ctx context.Context, id uint64, force bool) error                        // an absent id: nil
+	updateMember(ctx context.Context, id uint64, peerURL string) error
+	promoteMember(ctx context.Context, id uint64) error
+	transferLeader(ctx context.Context, to uint64) error
+
+	leader() uint64 // 0: unknown
+	status() api.Status
+	checks() []check // what /readyz asks
+	live() []check   // what /livez asks
+}
+
+type readOptions struct {
+	stale       bool  // the local state as it is, without a round to the leader
+	minRevision int64 // wait until the local state has reached it
+}
+
+type memberSpec struct {
+	ID      uint64 // 0: the cluster chooses
+	PeerURL string
+	Learner bool // it stays a learner until promoted by hand
+}
+
+// check is one line of a health answer; a nil err is health.
+type check struct {
+	name string
+	err  error
+}
+
+// limits bounds what one client, and all of them together, can ask of a member.
+type limits struct {
+	MaxKeyBytes    int           // after percent-decoding
+	MaxValueBytes  int64         // one value
+	MaxInFlight    int           // requests waiting on the store; more get 429
+	DefaultTimeout time.Duration // a call without timeout=
+	MaxTimeout     time.Duration // the most timeout= may ask for
+	MaxConns       int           // open client connections
+}
+
+const (
+	maxPeerURLBytes = 2 << 10  // a peer URL in a body
+	maxJSONBytes    = 16 << 10 // a JSON body of the cluster calls
+	minBodyBuffer   = 4 << 10
+	maxPooledBuffer = 64 << 10 // larger body buffers are left to the collector
+
+	bodyProgress  = 10 * time.Second // the longest pause inside a body
+	drainTime     = time.Second      // for what is left of a body nobody reads
+	maxDrainBytes = 8 << 20
+)
+
+// Header values shared by all responses; net/http only reads them.
+var (
+	headerRetryAfter  = []string{"1"}
+	headerProblemJSON = []string{api.ProblemType}
+	headerJSON        = []string{"application/json"}
+	headerPlainText   = []string{"text/plain; charset=utf-8"}
+	headerOctets      = []string{"application/octet-stream"}
+	headerNosniff     = []string{"nosniff"}
+	headerSandbox     = []string{"sandbox"}
+	headerZero        = []string{"0"}
+	headerOne         = []string{"1"}
+)
+
+const classicGetFailed = "Failed to GET"
+
+// httpAPI answers the client port. It routes by hand and not with
+// http.ServeMux, which cleans paths and redirects: `//`, `.` and `..` are keys.
+//
+// The handler starts no goroutine, and holds no lock while it waits.
+type httpAPI struct {
+	b       backend
+	l       limits
+	m       *httpMetrics
+	log     *zap.Logger
+	metrics http.Handler
+	origins http.CrossOriginProtection
+	buffers sync.Pool // of *[]byte, for bodies
+}
+
+// newHTTPAPI serves b within l; gather is what /metrics shows.
+func newHTTPAPI(b backend, l limits, m *httpMetrics, gather prometheus.Gatherer, log *zap.Logger) http.Handler {
+	a := &httpAPI{b: b, l: l, m: m, log: log}
+	a.metrics = promhttp.HandlerFor(gather, promhttp.HandlerOpts{MaxRequestsInFlight: 4})
+	a.buffers.New = func() any {
+		buf := make([]byte, 0, minBodyBuffer)
+		return &buf
+	}
+	return a
+}
+
+// apiCall is one request on its way. It lives on the handler's stack.
+type apiCall struct {
+	api         *httpAPI
+	w           http.ResponseWriter
+	r           *http.Request
+	route       route
+	start       time.Time
+	deadline    time.Time // of the whole call, its body included
+	readUntil   time.Time // the read deadline in force; zero: none
+	bodyPending bool      // some of the body may still be on its way
+	status      int       // what was answered; 0: nothing yet
+	counted     int       // what metrics say instead, if not 0
+
+	read    readOptions
+	force   bool
+	verbose bool
+}
+
+func (a *httpAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	c := apiCall{api: a, w: w, r: r, start: time.Now(), bodyPending: r.ContentLength != 0}
+	c.deadline = c.start.Add(a.l.DefaultTimeout)
+	defer c.observe()
+	if err := c.serve(); err != nil {
+		c.fail(err)
+	}
+}
+
+// observe runs even while a handler panics; such a call counts as a 500.
+func (c *apiCall) observe() {
+	status := c.status
+	if c.counted != 0 {
+		status = c.counted
+	} else if status == 0 {
+		status = http.StatusInternalServerError
+	}
+	c.api.m.observe(c.route, c.r.Method, status, time.Since(c.start))
+}
+
+// serve answers, or returns the error to answer with and has written nothing.
+func (c *apiCall) serve() error {
+	path, ok := rawPath(c.r)
+	if !ok {
+		if methodIndex(c.r.Method) == 0 {
+			return badMethod(routeKey)
+		}
+		return badRequest("the request target is no path; it starts with a slash")
+	}
+	rt, arg := resolve(c.r.Method, path)
+	c.route = rt
+	if err := c.api.origins.Check(c.r); err != nil {
+		return &httpRefusal{err: errCrossOrigin, detail: err.Error()}
+	}
+	switch rt {
+	case routeKey, routeKV:
+		return c.serveKey(arg)
+	case routeMember:
+		return c.serveClassicMember(arg)
+	case routeMembers, routeMemberID, routePromote, routeLeader:
+		return c.serveCluster(arg)
+	case routeStatus, routeLivez, routeReadyz, routeMetrics:
+		return c.serveHealth()
+	case routeUnbuilt:
+		return &httpRefusal{err: errUnsupported, detail: "this version does not serve " + strconv.Quote(path),
+			hint: "single keys are served under /v1/kv/{key}; GET /v1/status shows the version of this member"}
+	}
+	return c.reservedPath(path[1:])
+}
+
+// rawPath is the path of the request target as it came, with its slash and
+// without the query. The URL that net/http parsed would do for almost all
+// targets; the bytes on the wire do for all. It reports false for `*`, for an
+// authority (CONNECT), and for an absolute form that is not HTTP (RFC 9112,
+// section 3.2).
+func rawPath(r *http.Request) (string, bool) {
+	target := r.RequestURI
+	if target == "" { // a request that did not come through a server
+		target = r.URL.EscapedPath()
+	}
+	target, _, _ = strings.Cut(target, "?")
+	if strings.HasPrefix(target, "/") {
+		return target, true
+	}
+	scheme, rest, found := strings.Cut(target, "://")
+	if !found || !strings.EqualFold(scheme, "http") && !strings.EqualFold(scheme, "https") {
+		return "", false
+	}
+	if i := strings.IndexByte(rest, '/'); i >= 0 {
+		return rest[i:], true
+	}
+	return "/", true
+}
+
+// resolve tells what a path that starts with a slash asks for, and its
+// argument, still percent-encoded. Only the names of the contract, spelled
+// without any encoding, are routes; all else at the root is a key or an id.
+func resolve(method, path string) (route, string) {
+	name := path[1:]
+	if rest, ok := strings.CutPrefix(name, "v1/"); ok {
+		return resolveV1(rest)
+	}
+	switch method {
+	case http.MethodPost, http.MethodDelete:
+		return routeMember, name
+	case http.MethodPut:
+		return routeKey, name
+	}
+	switch name {
+	case "livez":
+		return routeLivez, ""
+	case "readyz":
+		return routeReadyz, ""
+	case "metrics":
+		return routeMetrics, ""
+	}
+	return routeKey, name
+}
+
+func resolveV1(rest string) (route, string) {
+	if key, ok := strings.CutPrefix(rest, "kv/"); ok {
+		return routeKV, key
+	}
+	if id, ok := strings.CutPrefix(rest, "members/"); ok {
+		if id, ok := strings.CutSuffix(id, "/promote"); ok {
+			return routePromote, id
+		}
+		return routeMemberID, id
+	}
+	switch rest {
+	case "members":
+		return routeMembers, ""
+	case "leader":
+		return routeLeader, ""
+	case "status":
+		return routeStatus, ""
+	case "kv", "txn", "watch", "leases", "snapshot":
+		return routeUnbuilt, ""
+	}
+	if strings.HasPrefix(rest, "leases/") {
+		return routeUnbuilt, ""
+	}
+	return routeOther, ""
+}
+
+// allowed is the Allow header of each route. POST and DELETE at the root name
+// members, so they are listed for a key as well.
+var allowed = [routeCount]string{
+	routeKey: "GET, HEAD, PUT, POST, DELETE", routeKV: "GET, HEAD, PUT, DELETE",
+	routeMembers: "GET, HEAD, POST", routeMemberID: "PUT, DELETE", routePromote: "POST", routeLeader: "POST",
+	routeStatus: "GET, HEAD", routeLivez: "GET, HEAD", routeReadyz: "GET, HEAD", routeMetrics: "GET, HEAD",
+}
+
+func badMethod(rt route) error {
+	return &httpRefusal{err: errBadMethod, allow: allowed[rt]}
+}
+
+// isReserved is about the first segment of a decoded key at the root.
+func isReserved(key string) bool {
+	first, _, _ := strings.Cut(key, "/")
+	switch first {
+	case "v1", "v3", "version", "health", "livez", "readyz", "metrics", "ui", "debug":
+		return true
+	}
+	return false
+}
+
+func (c *apiCall) reservedPath(raw string) error {
+	c.route = routeOther
+	key, err := decodeKey(raw)
+	if err != nil {
+		return err
+	}
+	return &httpRefusal{err: errNoSuchPath, detail: "the name is reserved for the server",
+		hint: "a key of this name is reached as " + kvPath(key)}
+}
+
+// kvPath is the address of a key, for hints.
+func kvPath(key string) string {
+	if key == "" || len(key) > 128 {
+		return "/v1/kv/NAME"
+	}
+	return "/v1/kv/" + strings.ReplaceAll(url.PathEscape(key), "%2F", "/")
+}
+
+// decodeKey undoes percent-encoding and nothing else: `+` stays a plus.
+func decodeKey(raw string) (string, error) {
+	if strings.IndexByte(raw, '%') < 0 {
+		return raw, nil
+	}
+	key, err := url.PathUnescape(raw)
+	if err != nil {
+		return "", badRequest("the path is not valid percent-encoding: " + err.Error())
+	}
+	return key, nil
+}
+
+// serveKey answers the classic key calls and those under /v1/kv.
+func (c *apiCall) serveKey(raw string) error {
+	method := c.r.Method
+	if methodIndex(method) == 0 || method == http.MethodPost {
+		return badMethod(c.route)
+	}
+	key, err := decodeKey(raw)
+	switch {
+	case err != nil:
+		return err
+	case c.route == routeKey && isReserved(key):
+		return c.reservedPath(raw)
+	case key == "":
+		return errEmptyKey
+	case len(key) > c.api.l.MaxKeyBytes:
+		return &httpRefusal{err: errKeyTooLong, detail: "the key has " + strconv.Itoa(len(key)) +
+			" bytes; the limit is " + strconv.Itoa(c.api.l.MaxKeyBytes)}
+	}
+	switch method {
+	case http.MethodPut:
+		return c.putKey(key)
+	case http.MethodDelete:
+		return c.deleteKey(key)
+	}
+	return c.getKey(key)
+}
+
+func (c *apiCall) getKey(key string) error {
+	if err := c.parseOptions(optRead); err != nil {
+		return err
+	}
+	e, revision, err := c.lookUp(key)
+	if err != nil {
+		if c.route == routeKey && errors.Is(err, errKeyNotFound) {
+			return &httpRefusal{err: err, firstLine: classicGetFailed}
+		}
+		return err
+	}
+	if c.route == routeKV {
+		if asJSON, asBytes := c.accepts(); asJSON && !asBytes {
+			return &httpRefusal{err: errUnsupported, detail: "this version serves values as bytes, not as JSON entries",
+				hint: "add application/octet-stream or */* to Accept"}
+		}
+	}
+	c.writeEntry(&e, revision)
+	return nil
+}
+
+// lookUp gives its slot back before the value is written: a client that reads
+// slowly does not wait on the store.
+func (c *apiCall) lookUp(key string) (kv.Entry, int64, error) {
+	if err := c.acquire(); err != nil {
+		return kv.Entry{}, 0, err
+	}
+	defer c.release()
+	ctx, cancel := context.WithDeadline(c.r.Context(), c.deadline)
+	defer cancel()
+	return c.api.b.get(ctx, key, c.read)
+}
+
+func (c *apiCall) putKey(key string) error {
+	if err := c.parseOptions(0); err != nil {
+		return err
+	}
+	if c.r.Header["Content-Range"] != nil { // RFC 9110, section 14.4
+		return badRequest("header Content-Range: a value is written whole")
+	}
+	limit := c.api.l.MaxValueBytes
+	if c.r.ContentLength > limit {
+		return bodyTooLarge(limit)
+	}
+	// The slot is taken before the body is read, so that it bounds the memory
+	// for bodies too. A slow body gives it back at the latest with its deadline.
+	if err := c.acquire(); err != nil {
+		return err
+	}
+	defer c.release()
+	buf := c.api.buffers.Get().(*[]byte)
+	defer c.api.putBuffer(buf)
+	var err error
+	if *buf, err = c.readBody((*buf)[:0], limit); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithDeadline(c.r.Context(), c.deadline)
+	defer cancel()
+	res, err := c.api.b.put(ctx, key, *buf)
+	if err != nil {
+		return err
+	}
+	h := c.w.Header()
+	setRevisions(h, res.Entry.ModRevision, res.Revision)
+	status := http.StatusNoContent
+	if c.route == routeKV && !res.Existed {
+		status = http.StatusCreated
+		h["Content-Length"] = headerZero
+	}
+	if c.route == routeKey {
+		if _, ok := parseMemberID(key); ok {
+			h["Kv-Notice"] = []string{"numeric key; DELETE /" + key + " removes member " + key}
+		}
+	}
+	c.writeHeader(status)
+	return nil
+}
+
+func (c *apiCall) deleteKey(key string) error {
+	if err := c.parseOptions(0); err != nil {
+		return err
+	}
+	if err := c.acquire(); err != nil {
+		return err
+	}
+	defer c.release()
+	ctx, cancel := context.WithDeadline(c.r.Context(), c.deadline)
+	defer cancel()
+	res, err := c.api.b.delete(ctx, key)
+	if err != nil {
+		return err
+	}
+	h := c.w.Header()
+	h["Kv-Revision"] = []string{strconv.FormatInt(res.Revision, 10)}
+	h["Kv-Deleted"] = headerZero
+	if res.Existed {
+		h["Kv-Deleted"] = headerOne
+	}
+	c.writeHeader(http.StatusNoContent)
+	return nil
+}
+
+// serveClassicMember is POST and DELETE /{id}, raftexample's membership calls.
+func (c *apiCall) serveClassicMember(raw string) error {
+	key, err := decodeKey(raw)
+	if err != nil {
+		return err
+	}
+	if isReserved(key) {
+		return c.reservedPath(raw)
+	}
+	id, ok := parseMemberID(key)
+	if c.r.Method == http.MethodPost {
+		if !ok {
+			return &httpRefusal{err: errBadRequest, firstLine: "Failed on POST", detail: "the path is no member id",
+				hint: "a key is written with PUT " + kvPath(key) + "; a member is added with POST /v1/members"}
+		}
+		return c.addClassicMember(id)
+	}
+	if !ok {
+		return &httpRefusal{err: errBadRequest, firstLine: "Failed on DELETE", detail: "the path is no member id",
+			hint: "a key is deleted with DELETE " + kvPath(key) + "; a member is removed with DELETE /v1/members/{id}"}
+	}
+	return c.removeMember(id)
+}
+
+// parseMemberID takes `[1-9][0-9]*` up to 64 bits. A leading zero is no id:
+// whoever writes 010 may mean 8.
+func parseMemberID(s string) (uint64, bool) {
+	if s == "" || s[0] < '1' || s[0] > '9' {
+		return 0, false
+	}
+	id, err := strconv.ParseUint(s, 10, 64)
+	return id, err == nil
+}
+
+func (c *apiCall) addClassicMember(id uint64) error {
+	if err := c.parseOptions(0); err != nil {
+		return err
+	}
+	body, err := c.smallBody(maxPeerURLBytes)
+	if err != nil {
+		return err
+	}
+	peerURL := string(bytes.TrimSpace(body)) // an editor's or echo's last newline is no part of a URL
+	if err := checkPeerURL(peerURL); err != nil {
+		return err
+	}
+	return c.change(func(ctx context.Context) error {
+		_, _, err := c.api.b.addMember(ctx, memberSpec{ID: id, PeerURL: peerURL})
+		return err
+	})
+}
+
+func (c *apiCall) removeMember(id uint64) error {
+	if err := c.parseOptions(optForce); err != nil {
+		return err
+	}
+	return c.change(func(ctx context.Context) error { return c.api.b.removeMember(ctx, id, c.force) })
+}
+
+// change runs a cluster call within the limits and answers 204.
+func (c *apiCall) change(do func(context.Context) error) error {
+	if err := c.waiting(do); err != nil {
+		return err
+	}
+	c.writeHeader(http.StatusNoContent)
+	return nil
+}
+
+// waiting runs a call that waits on raft, within a slot and the deadline.
+func (c *apiCall) waiting(do func(context.Context) error) error {
+	if err := c.acquire(); err != nil {
+		return err
+	}
+	defer c.release()
+	ctx, cancel := context.WithDeadline(c.r.Context(), c.deadline)
+	defer cancel()
+	return do(ctx)
+}
+
+// checkPeerURL refuses what no member could dial. The member table has rules
+// of its own; this one names the mistake before anything is proposed.
+func checkPeerURL(s string) error {
+	u, err := url.Parse(s)
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" || u.Port() == "" ||
+		u.User != nil || u.RawQuery != "" || u.Fragment != "" || u.Path != "" && u.Path != "/" {
+		return &httpRefusal{err: errBadRequest, detail: "the peer URL " + quoteShort(s) + " is not of the form http://HOST:PORT",
+			hint: "give the address where the other members reach the new one, such as http://10.0.0.4:12379"}
+	}
+	return nil
+}
+
+// serveCluster answers /v1/members and below, and /v1/leader.
+func (c *apiCall) serveCluster(arg string) error {
+	method := c.r.Method
+	if c.route == routeMembers {
+		switch method {
+		case http.MethodGet, http.MethodHead:
+			return c.listMembers()
+		case http.MethodPost:
+			return c.addMember()
+		}
+		return badMethod(c.route)
+	}
+	if c.route == routeLeader {
+		if method != http.MethodPost {
+			return badMethod(c.route)
+		}
+		return c.transferLeader()
+	}
+	if !strings.Contains(allowed[c.route], method) || methodIndex(method) == 0 {
+		return badMethod(c.route)
+	}
+	id, ok := parseMemberID(arg)
+	if !ok {
+		return &httpRefusal{err: errBadRequest, detail: quoteShort(arg) + " is no member id",
+			hint: "an id is a decimal number without leading zeros; GET /v1/members lists them"}
+	}
+	switch {
+	case c.route == routePromote:
+		return c.promoteMember(id)
+	case method == http.MethodPut:
+		return c.updateMember(id)
+	}
+	return c.removeMember(id)
+}
+
+func (c *apiCall) listMembers() error {
+	if err := c.parseOptions(0); err != nil {
+		return err
+	}
+	list := api.MemberList{Members: c.api.b.members()}
+	if list.Members == nil {
+		list.Members = []api.Member{}
+	}
+	return c.writeJSON(http.StatusOK, list)
+}
+
+func (c *apiCall) addMember() error {
+	var m memberSpec
+	if err := c.parseOptions(0); err != nil {
+		return err
+	}
+	err := c.readObject(map[string]any{"id": &m.ID, "peer_url": &m.PeerURL, "learner": &m.Learner}, "peer_url")
+	if err != nil {
+		return err
+	}
+	if err := checkPeerURL(m.PeerURL); err != nil {
+		return err
+	}
+	var added api.Member
+	created := false
+	err = c.waiting(func(ctx context.Context) (err error) {
+		added, created, err = c.api.b.addMember(ctx, m)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	c.w.Header()["Location"] = []string{"/v1/members/" + strconv.FormatUint(added.ID, 10)}
+	if !created {
+		return c.writeJSON(http.StatusOK, added)
+	}
+	return c.writeJSON(http.StatusCreated, added)
+}
+
+func (c *apiCall) updateMember(id uint64) error {
+	var peerURL string
+	if err := c.parseOptions(0); err != nil {
+		return err
+	}
+	if err := c.readObject(map[string]any{"peer_url": &peerURL}, "peer_url"); err != nil {
+		return err
+	}
+	if err := checkPeerURL(peerURL); err != nil {
+		return err
+	}
+	return c.change(func(ctx context.Context) error { return c.api.b.updateMember(ctx, id, peerURL) })
+}
+
+func (c *apiCall) promoteMember(id uint64) error {
+	if err := c.parseOptions(0); err != nil {
+		return err
+	}
+	if body, err := c.smallBody(maxJSONBytes); err != nil {
+		return err
+	} else if len(bytes.TrimSpace(body)) != 0 {
+		return badRequest("the body: a promotion takes none")
+	}
+	return c.change(func(ctx context.Context) error { return c.api.b.promoteMember(ctx, id) })
+}
+
+func (c *apiCall) transferLeader() error {
+	var to uint64
+	if err := c.parseOptions(0); err != nil {
+		return err
+	}
+	if err := c.readObject(map[string]any{"to": &to}, "to"); err != nil {
+		return err
+	}
+	return c.change(func(ctx context.Context) error { return c.api.b.transferLeader(ctx, to) })
+}
+
+// serveHealth answers what must work when nothing else does: none of it waits
+// on the store or needs a slot.
+func (c *apiCall) serveHealth() error {
+	if m := c.r.Method; m != http.MethodGet && m != http.MethodHead {
+		return badMethod(c.route)
+	}
+	switch c.route {
+	case routeMetrics:
+		rec := statusRecorder{ResponseWriter: c.w}
+		c.api.metrics.ServeHTTP(&rec, c.r)
+		c.status = rec.status
+		return nil
+	case routeStatus:
+		if err := c.parseOptions(0); err != nil {
+			return err
+		}
+		st := c.api.b.status()
+		if st.Peers == nil {
+			st.Peers = []api.Peer{}
+		}
+		return c.writeJSON(http.StatusOK, st)
+	}
+	if err := c.parseOptions(optVerbose); err != nil {
+		return err
+	}
+	if c.route == routeLivez {
+		c.writeChecks(c.api.b.live())
+	} else {
+		c.writeChecks(c.api.b.checks())
+	}
+	return nil
+}
+
+// writeChecks says `ok`, or what failed; verbose adds what did not.
+func (c *apiCall) writeChecks(checks []check) {
+	var text strings.Builder
+	status := http.StatusOK
+	for _, ck := range checks {
+		switch {
+		case ck.err != nil:
+			status = http.StatusServiceUnavailable
+			text.WriteString("[-]" + ck.name + " failed: " + ck.err.Error() + "\n")
+		case c.verbose:
+			text.WriteString("[+]" + ck.name + " ok\n")
+		}
+	}
+	if status == http.StatusOK && !c.verbose {
+		text.WriteString("ok\n")
+	}
+	h := c.w.Header()
+	h["Content-Type"] = headerPlainText
+	h["Cache-Control"] = []string{"no-store"}
+	c.safetyHeaders()
+	c.writeHeader(status)
+	_, _ = io.WriteString(c.w, text.String())
+}
+
+// statusRecorder lends the response to promhttp and notes the status for metrics.
+type statusRecorder struct {
+	http.ResponseWriter
+	status int
+}
+
+func (s *statusRecorder) WriteHeader(status int) {
+	s.status = status
+	s.ResponseWriter.WriteHeader(status)
+}
+
+func (s *statusRecorder) Write(p []byte) (int, error) {
+	if s.status == 0 {
+		s.status = http.StatusOK
+	}
+	return s.ResponseWriter.Write(p)
+}
+
+func (s *statusRecorder) Unwrap() http.ResponseWriter { return s.ResponseWriter }
+
+// optionSet lists the query options a call takes besides timeout=.
+type optionSet uint8
+
+const (
+	optTimeout optionSet = 1 << iota // every call
+	optConsistency
+	optMinRevision
+	optForce
+	optVerbose
+	optRead = optConsistency | optMinRevision
+)
+
+// Parts of the contract that this version does not serve. They are refused by
+// name: a write that ignored a precondition would be worse than none.
+var unbuiltHeaders = [...]string{"If-Match", "If-None-Match", "Idempotency-Key", "Prefer"}
+
+func isUnbuiltOption(name string) bool {
+	switch name {
+	case "revision", "history", "ttl", "lease", "prefix", "start", "end", "limit", "after", "reverse",
+		"keys", "count", "delimiter", "all", "atomic", "mode":
+		return true
+	}
+	return false
+}
+
+// parseOptions reads the query and refuses every option and header that this
+// call would otherwise ignore.
+func (c *apiCall) parseOptions(takes optionSet) error {
+	for _, name := range unbuiltHeaders {
+		if c.r.Header[name] != nil {
+			return &httpRefusal{err: errUnsupported, detail: "this version does not serve the header " + name}
+		}
+	}
+	if c.r.URL.RawQuery == "" {
+		return nil
+	}
+	var seen optionSet
+	for piece := range strings.SplitSeq(c.r.URL.RawQuery, "&") {
+		if piece == "" {
+			continue
+		}
+		rawName, rawValue, hasValue := strings.Cut(piece, "=")
+		name, err1 := url.QueryUnescape(rawName)
+		value, err2 := url.QueryUnescape(rawValue)
+		if err1 != nil || err2 != nil {
+			return badRequest("query option " + quoteShort(piece) + " is not valid percent-encoding")
+		}
+		opt, err := c.parseOption(takes|optTimeout, name, value, hasValue)
+		if err != nil {
+			return err
+		}
+		if seen&opt != 0 {
+			return badRequest("query option " + name + " is given twice")
+		}
+		seen |= opt
+	}
+	return nil
+}
+
+// parseOption takes one option into c and tells which one it was.
+func (c *apiCall) parseOption(takes optionSet, name, value string, hasValue bool) (optionSet, error) {
+	opt, want, ok := optionSet(0), "", false
+	switch name {
+	case "timeout":
+		opt, want = optTimeout, "a duration such as 5s, above 0 and at most "+c.api.l.MaxTimeout.String()
+		var d time.Duration
+		d, ok = parseTimeout(value, c.api.l.MaxTimeout)
+		c.deadline = c.start.Add(d)
+	case "consistency":
+		opt, want = optConsistency, "linearizable or stale"
+		c.read.stale = value == "stale"
+		ok = c.read.stale || value == "linearizable"
+	case "min_revision":
+		opt, want = optMinRevision, "a revision, a whole number from 0"
+		var n uint64
+		var err error
+		n, err = strconv.ParseUint(value, 10, 63)
+		c.read.minRevision, ok = int64(n), err == nil
+	case "force":
+		opt, want = optForce, "true or false"
+		c.force = value == "true"
+		ok = c.force || value == "false"
+	case "verbose":
+		opt, want = optVerbose, "true, false or no value"
+		c.verbose = !hasValue || value == "" || value == "true"
+		ok = c.verbose || value == "false"
+	}
+	switch {
+	case takes&opt != 0 && ok:
+		return opt, nil
+	case takes&opt != 0:
+		return 0, badRequest("query option " + name + "=" + quoteShort(value) + ": want " + want)
+	case isUnbuiltOption(name) && (c.route == routeKey || c.route == routeKV):
+		return 0, &httpRefusal{err: errUnsupported, detail: "this version does not serve the query option " + name}
+	}
+	return 0, badRequest("query option " + quoteShort(name) + " is none of this call")
+}
+
+func parseTimeout(s string, most time.Duration) (time.Duration, bool) {
+	d, err := time.ParseDuration(s)
+	return d, err == nil && d > 0 && d <= most
+}
+
+// quoteShort shows what a client sent: printable, and never all of it.
+func quoteShort(s string) string {
+	if len(s) > 64 {
+		s = s[:64] + "…"
+	}
+	return strconv.QuoteToASCII(s)
+}
+
+// acquire takes a slot among the requests that wait on the store.
+func (c *apiCall) acquire() error {
+	if n := c.api.m.inFlight.Add(1); n > int64(c.api.l.MaxInFlight) {
+		c.api.m.inFlight.Add(-1)
+		return errOverloaded
+	}
+	return nil
+}
+
+func (c *apiCall) release() { c.api.m.inFlight.Add(-1) }
+
+func (c *apiCall) mutates() bool {
+	return c.r.Method != http.MethodGet && c.r.Method != http.MethodHead
+}
+
+func (a *httpAPI) putBuffer(buf *[]byte) {
+	if cap(*buf) <= maxPooledBuffer {
+		a.buffers.Put(buf)
+	}
+}
+
+func bodyTooLarge(limit int64) error {
+	return &httpRefusal{err: errTooLarge, detail: "the body is larger than " + strconv.FormatInt(limit, 10) + " bytes, the limit"}
+}
+
+// readBody appends the body to buf. It never holds more than limit+1 bytes,
+// and grows with what has arrived, not with what was announced. It ends at the
+// call's deadline, or earlier when nothing arrives for bodyProgress.
+func (c *apiCall) readBody(buf []byte, limit int64) ([]byte, error) {
+	announced := c.r.ContentLength // -1: unknown
+	if announced > limit {
+		return buf, bodyTooLarge(limit)
+	}
+	if announced == 0 {
+		return buf, nil
+	}
+	for {
+		if len(buf) == cap(buf) {
+			buf = growBody(buf, announced, limit)
+		}
+		c.armRead()
+		n, err := c.r.Body.Read(buf[len(buf):min(int64(cap(buf)), limit+1)])
+		buf = buf[:len(buf)+n]
+		switch {
+		case int64(len(buf)) > limit:
+			return buf, bodyTooLarge(limit)
+		case err == io.EOF:
+			c.bodyPending = false
+			c.setReadDeadline(time.Time{}) // else it would end the wait for raft too
+			return buf, nil
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			return buf, badRequest("the body did not arrive in time; " + strconv.Itoa(len(buf)) + " bytes came")
+		case err != nil:
+			return buf, badRequest("the body is broken: " + err.Error())
+		}
+	}
+}
+
+func growBody(buf []byte, announced, limit int64) []byte {
+	size := min(max(4*int64(cap(buf)), minBodyBuffer), limit+1)
+	if announced >= int64(len(buf)) {
+		size = min(size, announced+1)
+	}
+	grown := make([]byte, len(buf), size)
+	copy(grown, buf)
+	return grown
+}
+
+// armRead keeps a read deadline that moves with the body's progress and never
+// passes the call's. A call with a short time-out arms it only once.
+func (c *apiCall) armRead() {
+	if c.readUntil.Equal(c.deadline) {
+		return
+	}
+	until := time.Now().Add(bodyProgress)
+	if until.After(c.deadline) {
+		until = c.deadline
+	}
+	c.setReadDeadline(until)
+}
+
+func (c *apiCall) setReadDeadline(t time.Time) {
+	c.readUntil = t
+	// Writers without deadlines are those of tests, whose bodies are in memory.
+	_ = http.NewResponseController(c.w).SetReadDeadline(t)
+}
+
+// smallBody reads the body of a cluster call. Its limit is small, so that it
+// needs no slot.
+func (c *apiCall) smallBody(limit int64) ([]byte, error) { return c.readBody(nil, limit) }
+
+// readObject reads a JSON object into fields, which point to uint64, bool or
+// string. encoding/json alone would let pass unknown fields, the same field
+// twice, and any capitals; each of them hides a mistake.
+func (c *apiCall) readObject(fields map[string]any, required string) error {
+	body, err := c.smallBody(maxJSONBytes)
+	if err != nil {
+		return err
+	}
+	bad := func(what string) error { return badRequest("the body " + what) }
+	dec := json.NewDecoder(bytes.NewReader(body))
+	if t, err := dec.Token(); err != nil || t != json.Delim('{') || !utf8.Valid(body) {
+		return bad("is no JSON object")
+	}
+	seen := map[string]bool{}
+	for dec.More() {
+		t, err := dec.Token()
+		name, _ := t.(string)
+		if err != nil {
+			return bad("is no valid JSON: " + err.Error())
+		}
+		field, known := fields[name]
+		if !known {
+			return bad("has an unknown field " + quoteShort(name))
+		}
+		if seen[name] {
+			return bad("has the field " + name + " twice")
+		}
+		seen[name] = true
+		var raw json.RawMessage
+		if err := dec.Decode(&raw); err != nil {
+			return bad("is no valid JSON: " + err.Error())
+		}
+		id, isID := field.(*uint64)
+		if json.Unmarshal(raw, field) != nil || string(raw) == "null" || isID && *id == 0 {
+			return bad("has a field " + name + " of the wrong kind: " + quoteShort(string(raw)))
+		}
+	}
+	if _, err := dec.Token(); err != nil {
+		return bad("is no valid JSON: " + err.Error())
+	}
+	if _, err := dec.Token(); err != io.EOF {
+		return bad("goes on after the JSON object")
+	}
+	if !seen[required] {
+		return bad("lacks the field " + required)
+	}
+	return nil
+}
+
+// writeHeader sends the status, and bounds the wait for what is left of an
+// unread body: net/http reads some of it before it answers.
+func (c *apiCall) writeHeader(status int) {
+	if c.bodyPending {
+		c.setReadDeadline(time.Now().Add(drainTime))
+		if status == http.StatusRequestEntityTooLarge && c.r.ProtoMajor == 1 && c.r.Header["Expect"] == nil {
+			// A client that is still sending when the connection closes sees
+			// a reset instead of the answer. One that sent Expect waits.
+			_, _ = io.CopyN(io.Discard, c.r.Body, maxDrainBytes)
+		}
+	}
+	c.status = status
+	c.w.WriteHeader(status)
+}
+
+// safetyHeaders keep a browser from running what a client has stored.
+func (c *apiCall) safetyHeaders() {
+	h := c.w.Header()
+	h["X-Content-Type-Options"] = headerNosniff
+	h["Content-Security-Policy"] = headerSandbox
+}
+
+func (c *apiCall) writeJSON(status int, v any) error {
+	body, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	c.w.Header()["Content-Type"] = headerJSON
+	c.safetyHeaders()
+	c.writeHeader(status)
+	_, _ = c.w.Write(append(body, '\n')) // an error here means that the client left
+	return nil
+}
+
+// setRevisions sets ETag and Kv-Revision with one string and one slice for both.
+func setRevisions(h http.Header, mod, store int64) {
+	var digits [48]byte
+	b := append(digits[:0], '"')
+	b = strconv.AppendInt(b, mod, 10)
+	b = append(b, '"')
+	n := len(b)
+	b = strconv.AppendInt(b, store, 10)
+	text := string(b)
+	values := []string{text[:n], text[n:]}
+	h["Etag"] = values[0:1:1]
+	h["Kv-Revision"] = values[1:2:2]
+}
+
+// writeEntry answers with the value; net/http leaves it out for HEAD.
+func (c *apiCall) writeEntry(e *kv.Entry, revision int64) {
+	var digits [128]byte
+	b := append(digits[:0], '"')
+	b = strconv.AppendInt(b, e.ModRevision, 10)
+	b = append(b, '"')
+	etag := len(b)
+	b = strconv.AppendInt(b, revision, 10)
+	store := len(b)
+	b = strconv.AppendInt(b, e.CreateRevision, 10)
+	create := len(b)
+	b = strconv.AppendInt(b, e.Version, 10)
+	version := len(b)
+	b = strconv.AppendInt(b, int64(len(e.Value)), 10)
+	text := string(b)
+	values := []string{text[:etag], text[etag:store], text[store:create], text[create:version], text[version:]}
+
+	h := c.w.Header()
+	h["Etag"] = values[0:1:1]
+	h["Kv-Revision"] = values[1:2:2]
+	h["Kv-Create-Revision"] = values[2:3:3]
+	h["Kv-Version"] = values[3:4:4]
+	h["Content-Length"] = values[4:5:5]
+	h["Content-Type"] = headerOctets
+	c.safetyHeaders()
+	c.writeHeader(http.StatusOK)
+	_, _ = c.w.Write(e.Value) // an error here means that the client left
+}

@@ -1,0 +1,109 @@
+package main
+
+import (
+	"net/http"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// route is what a request asks for, and the only thing metrics and logs say
+// about its path: a key never becomes a label.
+type route uint8
+
+const (
+	routeOther    route = iota // a reserved name, an unknown path, a target that is no path
+	routeKey                   // GET, HEAD, PUT /{key}
+	routeMember                // POST, DELETE /{id}
+	routeKV                    // /v1/kv/{key}
+	routeMembers               // /v1/members
+	routeMemberID              // /v1/members/{id}
+	routePromote               // /v1/members/{id}/promote
+	routeLeader                // /v1/leader
+	routeStatus                // /v1/status
+	routeLivez                 // /livez
+	routeReadyz                // /readyz
+	routeMetrics               // /metrics
+	routeUnbuilt               // in the contract, not in this version
+	routeCount
+)
+
+var routeNames = [routeCount]string{
+	"other", "/{key}", "/{id}", "/v1/kv/{key}", "/v1/members", "/v1/members/{id}",
+	"/v1/members/{id}/promote", "/v1/leader", "/v1/status", "/livez", "/readyz", "/metrics", "unbuilt",
+}
+
+func (r route) String() string { return routeNames[r] }
+
+var metricMethods = [...]string{"other", http.MethodGet, http.MethodHead, http.MethodPut, http.MethodPost, http.MethodDelete}
+
+func methodIndex(method string) int {
+	for i, m := range metricMethods {
+		if m == method {
+			return i
+		}
+	}
+	return 0
+}
+
+// Statuses outside this range are counted under its nearer end.
+const minStatus, maxStatus = 100, 599
+
+// lazyChild resolves one labelled child at its first use: later uses cost one
+// atomic load, and a pair that never occurs makes no time series.
+type lazyChild[T any] struct {
+	once  sync.Once
+	child T
+}
+
+func (l *lazyChild[T]) get(resolve func() T) T {
+	l.once.Do(func() { l.child = resolve() })
+	return l.child
+}
+
+// httpMetrics counts what clients ask for. All of it may be used from any
+// number of goroutines.
+type httpMetrics struct {
+	inFlight atomic.Int64 // requests that wait on the store; also the count behind limits.MaxInFlight
+
+	durations *prometheus.HistogramVec
+	requests  *prometheus.CounterVec
+	duration  [routeCount][len(metricMethods)]lazyChild[prometheus.Observer]
+	request   [routeCount][maxStatus - minStatus + 1]lazyChild[prometheus.Counter]
+}
+
+// newHTTPMetrics registers the metrics of the client port. It panics if they
+// are registered already, as prometheus.MustRegister does.
+func newHTTPMetrics(reg prometheus.Registerer) *httpMetrics {
+	m := &httpMetrics{
+		durations: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name:    "pontoon_http_request_duration_seconds",
+			Help:    "Time from the request's header to its answer, by route and method.",
+			Buckets: []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60},
+		}, []string{"route", "method"}),
+		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "pontoon_http_requests_total",
+			Help: "Requests answered, by route and status code; 499 where the client left first.",
+		}, []string{"route", "code"}),
+	}
+	reg.MustRegister(m.durations, m.requests, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "pontoon_http_requests_in_flight",
+		Help: "Requests that wait on the store; at its limit more are answered 429.",
+	}, func() float64 { return float64(m.inFlight.Load()) }))
+	return m
+}
+
+func (m *httpMetrics) observe(rt route, method string, status int, took time.Duration) {
+	i := methodIndex(method)
+	m.duration[rt][i].get(func() prometheus.Observer {
+		return m.durations.WithLabelValues(rt.String(), metricMethods[i])
+	}).Observe(took.Seconds())
+
+	status = min(max(status, minStatus), maxStatus)
+	m.request[rt][status-minStatus].get(func() prometheus.Counter {
+		return m.requests.WithLabelValues(rt.String(), strconv.Itoa(status))
+	}).Inc()
+}

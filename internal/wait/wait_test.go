@@ -1,0 +1,51 @@
+package wait
+
+import (
+	"slices"
+	"sync"
+	"testing"
+)
+
+func TestCallRunsOnceInOrder(t *testing.T) {
+	var x Index
+	var got []uint64
+	for _, target := range []uint64{5, 3, 9, 3} {
+		x.Call(target, func() { got = append(got, target) })
+	}
+	x.Advance(2)
+	if len(got) != 0 {
+		t.Fatalf("ran %v before the number was there", got)
+	}
+	x.Advance(5)
+	if !slices.Equal(got, []uint64{3, 3, 5}) {
+		t.Fatalf("at 5 ran %v", got)
+	}
+	x.Advance(4) // never back
+	if x.At() != 5 {
+		t.Fatalf("at %d, want 5", x.At())
+	}
+	x.Call(5, func() { got = append(got, 50) })
+	if got[len(got)-1] != 50 {
+		t.Fatal("a target already reached must run at once")
+	}
+	x.Advance(100)
+	x.Advance(101)
+	if !slices.Equal(got, []uint64{3, 3, 5, 50, 9}) {
+		t.Fatalf("ran %v", got)
+	}
+}
+
+func TestWaitConcurrently(t *testing.T) {
+	var x Index
+	var wg sync.WaitGroup
+	for i := range uint64(200) {
+		wg.Go(func() { <-x.Wait(i) })
+	}
+	for i := range uint64(200) {
+		wg.Go(func() { x.Advance(i) })
+	}
+	wg.Wait()
+	if x.At() != 199 {
+		t.Fatalf("at %d", x.At())
+	}
+}

@@ -1,0 +1,174 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	stdlog "log"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// What a slow or silent client may cost. None of these bounds a whole request
+// or response: a large body on a slow line, and a stream, live as long as
+// they make progress.
+const (
+	readHeaderTimeout = 10 * time.Second
+	idleTimeout       = 2 * time.Minute
+	maxHeaderBytes    = 64 << 10         // a key of 4096 bytes is 12 KiB when percent-encoded
+	writeProgress     = 30 * time.Second // the longest pause inside an answer
+	writePiece        = 256 << 10        // what has to leave within one pause
+	maxStreams        = 250              // of one HTTP/2 connection
+)
+
+// listenClient opens the client port. At most maxConns connections are open at
+// once: then nothing is accepted until one closes, and newcomers wait in the
+// kernel's queue, where they cost this process nothing. That holds for health
+// probes too: a member that is full looks down to whoever connects anew. A
+// connection that idles gives its place back after idleTimeout.
+func listenClient(addr string, maxConns int) (net.Listener, error) {
+	lc := net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{
+		Enable: true, Idle: 30 * time.Second, Interval: 10 * time.Second, Count: 3,
+	}}
+	l, err := lc.Listen(context.Background(), "tcp", addr)
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		return nil, fmt.Errorf("client port %s is taken: stop the process that listens there, or choose another with --port", addr)
+	case errors.Is(err, syscall.EACCES):
+		return nil, fmt.Errorf("client port %s is not allowed for this user: choose one above 1023 with --port", addr)
+	case errors.Is(err, syscall.EADDRNOTAVAIL):
+		return nil, fmt.Errorf("client address %s is none of this machine: correct the host", addr)
+	case err != nil:
+		return nil, fmt.Errorf("client port %s: %w", addr, err)
+	}
+	return newBoundedListener(l, maxConns), nil
+}
+
+// boundedListener is a semaphore in front of Accept. slots has the capacity
+// maxConns; when it is full, Accept waits until a connection or the listener
+// closes.
+type boundedListener struct {
+	net.Listener
+	slots     chan struct{}
+	closed    chan struct{}
+	closeOnce sync.Once
+}
+
+func newBoundedListener(l net.Listener, maxConns int) *boundedListener {
+	return &boundedListener{Listener: l, slots: make(chan struct{}, max(maxConns, 1)), closed: make(chan struct{})}
+}
+
+// Accept hands errors on as they are: http.Server waits and tries again after
+// those that pass by themselves, such as too many open files.
+func (l *boundedListener) Accept() (net.Conn, error) {
+	select {
+	case l.slots <- struct{}{}:
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+	c, err := l.Listener.Accept()
+	if err != nil {
+		<-l.slots
+		return nil, err
+	}
+	return &clientConn{Conn: c, release: func() { <-l.slots }}, nil
+}
+
+func (l *boundedListener) Close() error {
+	l.closeOnce.Do(func() { close(l.closed) })
+	return l.Listener.Close()
+}
+
+// clientConn gives its place back when it closes, and ends when a writer is
+// stuck because the client does not read.
+//
+// writeUntil belongs to the one goroutine that writes at a time: net/http
+// serializes the writes of a connection, for HTTP/2 as well.
+type clientConn struct {
+	net.Conn
+	writeUntil time.Time
+	closeOnce  sync.Once
+	release    func()
+}
+
+// Write arms the deadline anew only when half of it is gone, so that a stuck
+// write ends after writeProgress at the latest and after half of it at the
+// earliest, and most writes arm nothing.
+func (c *clientConn) Write(p []byte) (int, error) {
+	written := 0
+	for {
+		if now := time.Now(); c.writeUntil.Sub(now) < writeProgress/2 {
+			c.writeUntil = now.Add(writeProgress)
+			if err := c.Conn.SetWriteDeadline(c.writeUntil); err != nil {
+				return written, err
+			}
+		}
+		n, err := c.Conn.Write(p[:min(len(p), writePiece)])
+		written += n
+		p = p[n:]
+		if err != nil || len(p) == 0 {
+			return written, err
+		}
+	}
+}
+
+// CloseWrite lets net/http end an answer before the connection: closing at
+// once would reset it under a client that is still sending.
+func (c *clientConn) CloseWrite() error {
+	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return half.CloseWrite()
+	}
+	return nil
+}
+
+func (c *clientConn) Close() error {
+	err := c.Conn.Close()
+	c.closeOnce.Do(c.release)
+	return err
+}
+
+// newHTTPServer serves h over HTTP/1.1 and cleartext HTTP/2 (prior knowledge).
+// It sets no total time for reading or writing, which would cut streams: the
+// handlers bound bodies, the connections bound stuck writes.
+func newHTTPServer(h http.Handler, log *zap.Logger) *http.Server {
+	var protocols http.Protocols
+	protocols.SetHTTP1(true)
+	protocols.SetUnencryptedHTTP2(true)
+	return &http.Server{
+		Handler:           h,
+		ReadHeaderTimeout: readHeaderTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeaderBytes,
+		Protocols:         &protocols,
+		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
+		ErrorLog:          newServerLog(log),
+	}
+}
+
+// newServerLog takes what net/http has to say. Most of it is about clients
+// that behave badly; a handler that panicked and a port that accepts nothing
+// are for the operator.
+func newServerLog(log *zap.Logger) *stdlog.Logger {
+	return stdlog.New(serverLog{log}, "", 0)
+}
+
+type serverLog struct{ log *zap.Logger }
+
+func (l serverLog) Write(p []byte) (int, error) {
+	text := strings.TrimSpace(string(p))
+	switch {
+	case strings.Contains(text, "panic serving"):
+		l.log.Error("a request handler panicked", zap.String("text", text))
+	case strings.Contains(text, "Accept error"):
+		l.log.Warn("no connection can be accepted; raise the limit of open files, or lower the number of clients", zap.String("text", text))
+	default:
+		l.log.Debug("http", zap.String("text", text))
+	}
+	return len(p), nil
+}

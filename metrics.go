@@ -1,0 +1,67 @@
+package main
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promauto"
+)
+
+// nodeMetrics are this node's own. The libraries register theirs under etcd's
+// names with the default registry (etcd_disk_wal_fsync_duration_seconds,
+// etcd_network_peer_round_trip_time_seconds, …); /metrics shows both.
+type nodeMetrics struct {
+	proposals       prometheus.Counter
+	reproposed      prometheus.Counter
+	batchCommands   prometheus.Histogram
+	readIndexes     prometheus.Counter
+	readRetries     prometheus.Counter
+	droppedMessages prometheus.Counter
+	refusedMessages prometheus.Counter
+	leaderChanges   prometheus.Counter
+	snapshotSeconds prometheus.Histogram
+}
+
+func newNodeMetrics(r prometheus.Registerer) *nodeMetrics {
+	f := promauto.With(r)
+	counter := func(name, help string) prometheus.Counter {
+		return f.NewCounter(prometheus.CounterOpts{Name: "pontoon_" + name, Help: help})
+	}
+	return &nodeMetrics{
+		proposals:       counter("proposals_total", "Commands given to raft by this member's clients."),
+		reproposed:      counter("reproposed_batches_total", "Batches proposed again because their fate was open."),
+		readIndexes:     counter("read_indexes_total", "ReadIndex rounds started; many reads share one."),
+		readRetries:     counter("read_index_retries_total", "ReadIndex rounds given up on and started anew."),
+		droppedMessages: counter("dropped_messages_total", "Peers' messages dropped because a queue was full."),
+		refusedMessages: counter("refused_messages_total", "Peers' messages that no healthy member sends."),
+		leaderChanges:   counter("leader_changes_total", "Changes of leader seen by this member."),
+		batchCommands: f.NewHistogram(prometheus.HistogramOpts{Name: "pontoon_batch_commands", Help: "Commands packed into one log entry.",
+			Buckets: prometheus.ExponentialBuckets(1, 2, 13)}),
+		snapshotSeconds: f.NewHistogram(prometheus.HistogramOpts{Name: "pontoon_snapshot_write_seconds", Help: "Time to write a snapshot file.",
+			Buckets: prometheus.ExponentialBuckets(.001, 4, 10)}),
+	}
+}
+
+// registerGauges shows what is read at scrape time.
+func (s *kvstore) registerGauges(r prometheus.Registerer) {
+	gauge := func(name, help string, f func() float64) {
+		r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "pontoon_" + name, Help: help}, f))
+	}
+	b := func(v bool) float64 {
+		if v {
+			return 1
+		}
+		return 0
+	}
+	gauge("has_leader", "1 if this member knows a leader.", func() float64 { return b(s.leader() != 0) })
+	gauge("is_leader", "1 if this member leads.", func() float64 { return b(s.leader() == s.node.id) })
+	gauge("term", "Raft term.", func() float64 { return float64(s.node.soft.Load().term) })
+	gauge("committed_index", "Last committed log entry.", func() float64 { return float64(s.node.progress.committed.Load()) })
+	gauge("applied_index", "Last applied log entry.", func() float64 { return float64(s.applied.At()) })
+	gauge("apply_lag_entries", "Entries committed and not applied yet.", func() float64 {
+		return max(0, float64(s.node.progress.committed.Load())-float64(s.applied.At()))
+	})
+	gauge("proposals_queued", "Commands that wait to be proposed.", func() float64 { return float64(len(s.node.proposeC)) })
+	gauge("disk_low", "1 while writes are refused for lack of disk space.", func() float64 { return b(s.diskLow.Load()) })
+	gauge("keys", "Keys in the store.", func() float64 { s.mu.RLock(); defer s.mu.RUnlock(); return float64(s.mu.state.Len()) })
+	gauge("revision", "Store revision.", func() float64 { s.mu.RLock(); defer s.mu.RUnlock(); return float64(s.mu.state.Revision()) })
+	gauge("state_bytes", "Bytes of keys and values.", func() float64 { s.mu.RLock(); defer s.mu.RUnlock(); return float64(s.mu.state.Bytes()) })
+}

@@ -1,0 +1,292 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/coreos/go-semver/semver"
+	"go.etcd.io/etcd/server/v3/etcdserver/api/rafthttp"
+	"go.etcd.io/raft/v3"
+	"go.etcd.io/raft/v3/raftpb"
+	"go.uber.org/zap"
+	"google.golang.org/protobuf/proto"
+
+	"pontoon/kv"
+)
+
+// The peer port. Whoever reaches it is trusted to be a member, as in etcd
+// without TLS: keep it on a private network. It is still not allowed to end
+// the process by mistake: what raft or rafthttp would panic over is refused here.
+
+// badMessage makes rafthttp answer 400 (it panics over other errors).
+type badMessage struct{ error }
+
+// WriteTo is what rafthttp looks for.
+func (e badMessage) WriteTo(w http.ResponseWriter) {
+	http.Error(w, e.Error(), http.StatusBadRequest)
+}
+
+var fromPeers = map[raftpb.MessageType]bool{
+	raftpb.MsgProp: true, raftpb.MsgApp: true, raftpb.MsgAppResp: true, raftpb.MsgVote: true, raftpb.MsgVoteResp: true,
+	raftpb.MsgSnap: true, raftpb.MsgHeartbeat: true, raftpb.MsgHeartbeatResp: true, raftpb.MsgTransferLeader: true,
+	raftpb.MsgTimeoutNow: true, raftpb.MsgReadIndex: true, raftpb.MsgReadIndexResp: true, raftpb.MsgPreVote: true, raftpb.MsgPreVoteResp: true,
+}
+
+// validateMessage refuses what no member sends (PITFALLS R9): raft takes its
+// peers at their word and panics. Step has the checks that need raft's state.
+func (n *raftNode) validateMessage(m *raftpb.Message) error {
+	from := m.GetFrom()
+	switch {
+	case !fromPeers[m.GetType()]:
+		return fmt.Errorf("message of type %v", m.GetType())
+	case m.GetTo() != n.id:
+		return fmt.Errorf("message for member %d reached member %d", m.GetTo(), n.id)
+	case from == 0 || from == n.id && m.GetType() != raftpb.MsgTransferLeader || raft.IsLocalMsgTarget(from):
+		return fmt.Errorf("message from %d", from)
+	case n.IsIDRemoved(from):
+		return fmt.Errorf("message from member %d, which was removed", from)
+	}
+	// raft sets the term of every message but these, and panics if it has to
+	// forward one of these that carries a term.
+	if local := m.GetType() == raftpb.MsgProp || m.GetType() == raftpb.MsgReadIndex; local != (m.GetTerm() == 0) {
+		return fmt.Errorf("%v of term %d", m.GetType(), m.GetTerm())
+	}
+	switch m.GetType() {
+	case raftpb.MsgProp:
+		return validateProposal(m.GetEntries())
+	case raftpb.MsgApp:
+		return validateAppend(m)
+	case raftpb.MsgSnap:
+		return n.validateSnapshot(m)
+	case raftpb.MsgHeartbeat, raftpb.MsgHeartbeatResp:
+		if c := len(m.GetContext()); c != 0 && c != 8 {
+			return fmt.Errorf("heartbeat context of %d bytes", c)
+		}
+	case raftpb.MsgReadIndex, raftpb.MsgReadIndexResp:
+		if e := m.GetEntries(); len(e) != 1 || e[0] == nil || len(e[0].GetData()) == 0 || len(e[0].GetData()) > 64 {
+			return errors.New("read index without one short context")
+		}
+	}
+	return nil
+}
+
+var batches = sync.Pool{New: func() any { return new(kv.Batch) }}
+
+// validateProposal looks into proposals, because a committed entry that cannot
+// be applied would stop every member.
+func validateProposal(ents []*raftpb.Entry) error {
+	if len(ents) == 0 {
+		return errors.New("proposal without entries")
+	}
+	for _, e := range ents {
+		switch {
+		case e == nil:
+			return errors.New("nil entry")
+		case e.GetType() == raftpb.EntryNormal:
+			b := batches.Get().(*kv.Batch)
+			err := kv.DecodeBatch(e.GetData(), b)
+			batches.Put(b)
+			if err != nil {
+				return err
+			}
+		case e.GetType() == raftpb.EntryConfChangeV2:
+			var cc raftpb.ConfChangeV2
+			if err := proto.Unmarshal(e.GetData(), &cc); err != nil {
+				return err
+			}
+			if _, err := decodeConfChange(&cc); err != nil {
+				return err
+			}
+		default:
+			return fmt.Errorf("proposal of type %v", e.GetType())
+		}
+	}
+	return nil
+}
+
+// validateAppend: the entries follow the message's index without a gap, and
+// their terms never fall nor exceed the message's.
+func validateAppend(m *raftpb.Message) error {
+	term := m.GetLogTerm()
+	for i, e := range m.GetEntries() {
+		switch {
+		case e == nil:
+			return errors.New("nil entry")
+		case e.GetIndex() != m.GetIndex()+1+uint64(i):
+			return fmt.Errorf("entry %d follows entry %d", e.GetIndex(), m.GetIndex()+uint64(i))
+		case e.GetTerm() < term || e.GetTerm() > m.GetTerm():
+			return fmt.Errorf("entry of term %d after %d in an append of term %d", e.GetTerm(), term, m.GetTerm())
+		case e.GetType() != raftpb.EntryNormal && e.GetType() != raftpb.EntryConfChangeV2:
+			return fmt.Errorf("entry of type %v", e.GetType())
+		}
+		term = e.GetTerm()
+	}
+	return nil
+}
+
+// validateSnapshot checks the file that came with the message, before raft
+// hears of it (H4). A damaged file is deleted, since SaveDBFrom would keep it
+// for ever (S2); the leader sends another.
+func (n *raftNode) validateSnapshot(m *raftpb.Message) error {
+	meta := m.GetSnapshot().GetMetadata()
+	index := meta.GetIndex()
+	if index == 0 || meta.GetTerm() == 0 || meta.GetTerm() > m.GetTerm() {
+		return fmt.Errorf("snapshot of index %d and term %d", index, meta.GetTerm())
+	}
+	h, err := n.snaps.verifySnapshot(index)
+	if errors.Is(err, kv.ErrCorrupt) && index > n.progress.snapshot.Load() {
+		err = errors.Join(err, n.snaps.discardSnapshot(index))
+	}
+	if err == nil && (h.Term != meta.GetTerm() || !sameConf(h.Members.confState(), meta.GetConfState()) || h.Members.ClusterID != n.members.Load().ClusterID) {
+		err = errors.New("snapshot file and message disagree")
+	}
+	if err != nil {
+		n.log.Error("refused a snapshot", zap.Uint64("from", m.GetFrom()), zap.Uint64("index", index), zap.Error(err))
+	}
+	return err
+}
+
+// clusterInfo is what a member tells a joiner on the peer port.
+type clusterInfo struct {
+	Member  uint64      `json:"member,string"`
+	Members *membership `json:"membership"`
+}
+
+const clusterInfoPath = "/pontoon/cluster"
+
+// peerHandler guards rafthttp's handler and answers joiners.
+func (n *raftNode) peerHandler(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == clusterInfoPath {
+			w.Header().Set("Content-Type", "application/json")
+			m := n.members.Load()
+			if len(m.Members) == 0 {
+				http.Error(w, "this member waits for its first snapshot", http.StatusServiceUnavailable)
+				return
+			}
+			if err := json.NewEncoder(w).Encode(clusterInfo{n.id, m}); err != nil {
+				n.log.Debug("answer joiner", zap.Error(err))
+			}
+			return
+		}
+		// With this header any caller could make us send to any address (H7).
+		// Members are known from the table instead.
+		r.Header.Del("X-PeerURLs")
+		for _, h := range []string{"X-Server-Version", "X-Min-Cluster-Version"} { // rafthttp panics over these (H2)
+			if v := r.Header.Get(h); v != "" {
+				if _, err := semver.NewVersion(v); err != nil {
+					n.met.refusedMessages.Inc()
+					http.Error(w, h+" is malformed", http.StatusBadRequest)
+					return
+				}
+			}
+		}
+		if r.URL.Path == rafthttp.RaftPrefix && r.ContentLength > 2*maxMessageBytes {
+			n.met.refusedMessages.Inc()
+			http.Error(w, "message too large", http.StatusRequestEntityTooLarge)
+			return
+		}
+		if r.URL.Path == rafthttp.RaftPrefix {
+			r.Body = http.MaxBytesReader(w, r.Body, 64<<20) // rafthttp bounds each read, not their sum (H4)
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// fetchCluster asks the peers of --cluster for the member table until one
+// answers that lists this node, or ctx ends.
+func fetchCluster(ctx context.Context, cfg Config, log *zap.Logger) (*membership, error) {
+	client := &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	var last error
+	said := ""
+	for {
+		for _, c := range cfg.Cluster {
+			if c.ID == cfg.ID {
+				continue
+			}
+			m, err := askPeer(ctx, client, c.URL)
+			if err == nil {
+				if err = mayJoin(m, cfg, c.URL); err == nil {
+					return m, nil
+				}
+				if errors.Is(err, errRefuse) {
+					return nil, err
+				}
+			}
+			last = err
+		}
+		if last == nil {
+			return nil, fmt.Errorf("%w: --join needs the URL of a member in --cluster besides this node's own", errUsage)
+		}
+		if last.Error() != said {
+			said = last.Error()
+			log.Warn("waiting to be let in", zap.Error(last))
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("join: gave up after %v: %w", cfg.JoinTimeout, last)
+		case <-time.After(250 * time.Millisecond):
+		}
+	}
+}
+
+func mayJoin(m *membership, cfg Config, peer string) error {
+	self, ok := m.get(cfg.ID)
+	switch {
+	case m.isRemoved(cfg.ID):
+		return fmt.Errorf("%w: member %d was removed from the cluster and its id never comes back; choose another, for example %d", errRefuse, cfg.ID, m.nextID())
+	case !ok:
+		return fmt.Errorf("member %d is not in the cluster of %s yet: tell it with curl -X POST -d %s http://<a member's client address>/%d", cfg.ID, peer, cfg.peerURL(), cfg.ID)
+	case !slices.Contains(self.PeerURLs, cfg.peerURL()):
+		return fmt.Errorf("%w: the cluster knows member %d at %s, --cluster says %s", errRefuse, cfg.ID, strings.Join(self.PeerURLs, ","), cfg.peerURL())
+	}
+	return nil
+}
+
+func askPeer(ctx context.Context, c *http.Client, url string) (*membership, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url+clusterInfoPath, nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := c.Do(req)
+	if err != nil {
+		return nil, fmt.Errorf("no answer from %s: %w", url, err)
+	}
+	defer resp.Body.Close()
+	var info clusterInfo
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("%s answered %s", url, resp.Status)
+	}
+	if err := json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(&info); err != nil || info.Members == nil || info.Members.ClusterID == 0 {
+		return nil, fmt.Errorf("%s is no Pontoon peer address (%v)", url, err)
+	}
+	return info.Members, nil
+}
+
+// raftLogger gives raft's own log to zap. What raft calls information or a
+// warning is detail to an operator; a panic is a broken invariant and stays one.
+type raftLogger struct{ *zap.Logger }
+
+func (l raftLogger) Debug(v ...any)                   {}
+func (l raftLogger) Debugf(format string, v ...any)   {}
+func (l raftLogger) Info(v ...any)                    { l.Sugar().Debug(v...) }
+func (l raftLogger) Infof(format string, v ...any)    { l.Sugar().Debugf(format, v...) }
+func (l raftLogger) Warning(v ...any)                 { l.Sugar().Debug(v...) }
+func (l raftLogger) Warningf(format string, v ...any) { l.Sugar().Debugf(format, v...) }
+func (l raftLogger) Error(v ...any)                   { l.Sugar().Error(v...) }
+func (l raftLogger) Errorf(format string, v ...any)   { l.Sugar().Errorf(format, v...) }
+func (l raftLogger) Fatal(v ...any)                   { l.Sugar().Panic(v...) }
+func (l raftLogger) Fatalf(format string, v ...any)   { l.Sugar().Panicf(format, v...) }
+func (l raftLogger) Panic(v ...any)                   { l.Sugar().Panic(v...) }
+func (l raftLogger) Panicf(format string, v ...any)   { l.Sugar().Panicf(format, v...) }
+
+var _ transport = (*rafthttp.Transport)(nil)
+var _ rafthttp.Raft = (*raftNode)(nil)

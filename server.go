@@ -1,0 +1,347 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"go.etcd.io/etcd/client/pkg/v3/types"
+	"go.etcd.io/etcd/server/v3/etcdserver/api/rafthttp"
+	"go.etcd.io/etcd/server/v3/etcdserver/api/snap"
+	stats "go.etcd.io/etcd/server/v3/etcdserver/api/v2stats"
+	"go.uber.org/zap"
+)
+
+// server is one running member: the parts, and the order in which they start
+// and stop.
+type server struct {
+	cfg   Config
+	log   *zap.Logger
+	disk  *diskStore
+	node  *raftNode
+	store *kvstore
+	tr    *rafthttp.Transport
+
+	clientListener, peerListener net.Listener
+	client, peer                 *http.Server
+}
+
+// newServer opens the ports and the data directory and brings the member's
+// state back. Nothing is served before run. ctx ends only the wait of --join.
+func newServer(ctx context.Context, cfg Config, log *zap.Logger) (_ *server, err error) {
+	s := &server{cfg: cfg, log: log}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.closeEarly())
+		}
+	}()
+	if s.clientListener, err = listenClient(cfg.ListenClient, cfg.MaxConns); err != nil {
+		return nil, err
+	}
+	if s.peerListener, err = listenPeer(cfg.ListenPeer); err != nil {
+		return nil, err
+	}
+	if s.disk, err = openDataDir(cfg.DataDir, cfg.ID, cfg.KeepSnapshots, log); err != nil {
+		return nil, err
+	}
+	r, peers, err := s.recover(ctx)
+	if err != nil {
+		return nil, err
+	}
+	boot, err := s.disk.nextBoot()
+	if err != nil {
+		return nil, fmt.Errorf("count this start: %w", err)
+	}
+	reg := prometheus.NewRegistry()
+	if s.node, err = newRaftNode(cfg, boot, r, s.disk, s.disk, log, newNodeMetrics(reg)); err != nil {
+		return nil, err
+	}
+	s.store = newKVStore(s.node, r, s.disk)
+	s.store.registerGauges(reg)
+	if err := s.startTransport(r.meta.ClusterID, peers); err != nil {
+		return nil, err
+	}
+	l := limits{MaxKeyBytes: cfg.MaxKeyBytes, MaxValueBytes: cfg.MaxValueBytes, MaxInFlight: cfg.MaxInFlight,
+		DefaultTimeout: cfg.DefaultTimeout, MaxTimeout: cfg.MaxTimeout, MaxConns: cfg.MaxConns}
+	api := newHTTPAPI(s.store, l, newHTTPMetrics(reg), prometheus.Gatherers{prometheus.DefaultGatherer, reg}, log)
+	s.client = newHTTPServer(api, log)
+	s.peer = &http.Server{Handler: s.node.peerHandler(s.tr.Handler()), ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute,
+		MaxHeaderBytes: 64 << 10, ErrorLog: newServerLog(log)}
+	return s, nil
+}
+
+// recover reads the data directory, or founds or joins a cluster if it is
+// empty. The table holds the peers to talk to before the log names them.
+func (s *server) recover(ctx context.Context) (*recovered, *membership, error) {
+	var table *membership
+	if !s.disk.exists() {
+		table = bootstrapMembership(s.cfg.ClusterToken, s.cfg.Cluster)
+		if s.cfg.Join {
+			var err error
+			if table, err = s.join(ctx); err != nil {
+				return nil, nil, err
+			}
+		}
+		if err := s.disk.bootstrap(s.cfg.ID, table, s.cfg.Join); err != nil {
+			return nil, nil, err
+		}
+	}
+	r, err := s.disk.load()
+	if err != nil {
+		return nil, nil, err
+	}
+	if r.meta.MemberID != s.cfg.ID {
+		return nil, nil, fmt.Errorf("%w: %s belongs to member %d; start it with --id %d, or choose another --data-dir for member %d",
+			errRefuse, s.cfg.DataDir, r.meta.MemberID, r.meta.MemberID, s.cfg.ID)
+	}
+	switch {
+	case r.snap.Index > 0:
+		table = r.snap.Members
+		if err := s.checkCluster(ctx, table); err != nil {
+			return nil, nil, err
+		}
+	case table == nil: // a joiner that was stopped before its first snapshot
+		if table, err = s.join(ctx); err != nil {
+			return nil, nil, err
+		}
+	}
+	if table.ClusterID != r.meta.ClusterID {
+		return nil, nil, fmt.Errorf("%w: %s belongs to cluster %016x, --cluster names cluster %016x; choose another --data-dir or correct --cluster",
+			errRefuse, s.cfg.DataDir, r.meta.ClusterID, table.ClusterID)
+	}
+	return r, table, nil
+}
+
+func (s *server) join(ctx context.Context) (*membership, error) {
+	ctx, cancel := context.WithTimeout(ctx, s.cfg.JoinTimeout)
+	defer cancel()
+	return fetchCluster(ctx, s.cfg, s.log)
+}
+
+// checkCluster holds --cluster against the member table of the data directory.
+// The table counts, and the list may lag behind it or run ahead of it; but a
+// list of which nothing fits belongs to another cluster, and an own address
+// that the cluster does not know would leave this member unheard.
+func (s *server) checkCluster(ctx context.Context, table *membership) error {
+	known, fits := 0, 0
+	for _, c := range s.cfg.Cluster {
+		if m, ok := table.get(c.ID); ok && c.ID != s.cfg.ID {
+			known++
+			if m.PeerURLs[0] == c.URL {
+				fits++
+			}
+		}
+	}
+	if known > 0 && fits == 0 {
+		return fmt.Errorf("%w: %s belongs to a cluster of %s, and --cluster names %s; correct --cluster or choose another --data-dir",
+			errRefuse, s.cfg.DataDir, describeMembers(table), describeCluster(s.cfg.Cluster))
+	}
+	self, ok := table.get(s.cfg.ID)
+	if !ok || self.PeerURLs[0] == s.cfg.peerURL() {
+		return nil
+	}
+	// It may have been moved while it was down: ask the others.
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	if now, err := fetchCluster(ctx, s.cfg, zap.NewNop()); err != nil || now.ClusterID != table.ClusterID {
+		return fmt.Errorf("%w: the cluster knows member %d at %s, --cluster says %s; correct --cluster, or move the member with PUT /v1/members/%d while it is down",
+			errRefuse, s.cfg.ID, self.PeerURLs[0], s.cfg.peerURL(), s.cfg.ID)
+	}
+	return nil
+}
+
+func describeMembers(m *membership) string {
+	var c []clusterURL
+	for _, x := range m.Members {
+		c = append(c, clusterURL{x.ID, x.PeerURLs[0]})
+	}
+	return describeCluster(c)
+}
+
+func (s *server) startTransport(clusterID uint64, peers *membership) error {
+	own, err := types.NewURLs([]string{s.cfg.peerURL()})
+	if err != nil {
+		return fmt.Errorf("peer URL: %w", err)
+	}
+	id := types.ID(s.cfg.ID)
+	s.tr = &rafthttp.Transport{
+		Logger:      quiet(s.log),
+		DialTimeout: 2 * time.Second,
+		ID:          id,
+		URLs:        own,
+		ClusterID:   types.ID(clusterID),
+		Raft:        s.node,
+		Snapshotter: snap.New(quiet(s.log), s.disk.snapDir()),
+		ServerStats: stats.NewServerStats(strconv.FormatUint(s.cfg.ID, 10), id.String()),
+		LeaderStats: stats.NewLeaderStats(quiet(s.log), id.String()),
+		ErrorC:      make(chan error, 8),
+	}
+	if err := s.tr.Start(); err != nil {
+		return fmt.Errorf("start peer transport: %w", err)
+	}
+	s.node.tr = s.tr
+	for _, m := range peers.Members {
+		if m.ID != s.cfg.ID {
+			s.tr.AddPeer(types.ID(m.ID), m.PeerURLs)
+		}
+	}
+	return nil
+}
+
+// listenPeer opens the peer port. Its connections have time-outs on progress,
+// not on whole requests: a snapshot may take long (H5).
+func listenPeer(addr string) (net.Listener, error) {
+	l, err := rafthttp.NewListener(url.URL{Scheme: "http", Host: addr}, nil)
+	if err != nil {
+		return nil, fmt.Errorf("peer address %s cannot be used: %w; stop what listens there, or choose another with --listen-peer", addr, unwrapOp(err))
+	}
+	return l, nil
+}
+
+// unwrapOp leaves the reason of a network error without the address again.
+func unwrapOp(err error) error {
+	var op *net.OpError
+	if errors.As(err, &op) {
+		return op.Err
+	}
+	return err
+}
+
+// run serves until ctx ends (nil), this member is removed (errRemoved), or
+// something fails that it must not survive.
+func (s *server) run(ctx context.Context) error {
+	loop := make(chan error, 1)
+	applied := make(chan struct{})
+	serving := make(chan error, 2)
+	watch, stopWatch := context.WithCancel(context.Background())
+	defer stopWatch()
+	// goroutine: raft-loop
+	go func() { loop <- s.node.serveChannels() }()
+	// goroutine: read-commits
+	go func() { s.store.readCommits(s.node.commitC); close(applied) }()
+	// goroutine: disk-watcher
+	go s.watchDisk(watch)
+	// goroutine: peer-server
+	go func() { serving <- s.peer.Serve(s.peerListener) }()
+	// goroutine: client-server
+	go func() { serving <- s.client.Serve(s.clientListener) }()
+	s.greet()
+
+	err := s.wait(ctx, loop, serving)
+	if ctx.Err() != nil && err == nil {
+		s.drain()
+	}
+	if errors.Is(err, errRemoved) {
+		s.log.Warn("this member was removed from the cluster and shuts down", zap.Error(err))
+		err = errors.Join(err, s.disk.markRemoved(fmt.Sprintf("member %d was removed from cluster %016x; its id never comes back. To use this machine again, empty the data directory and add a member with a new id",
+			s.cfg.ID, uint64(s.tr.ClusterID))))
+	}
+	s.node.stop()
+	if !errors.Is(err, errDurability) {
+		<-applied
+	}
+	return errors.Join(err, s.close())
+}
+
+// wait blocks until there is a reason to stop.
+func (s *server) wait(ctx context.Context, loop, serving <-chan error) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case err := <-loop:
+			return err
+		case err := <-s.store.failC:
+			return err
+		case err := <-serving:
+			return fmt.Errorf("serve: %w", err)
+		case err := <-s.tr.ErrorC:
+			// A peer answered 410: it has applied our removal (H3).
+			s.node.removedC <- fmt.Errorf("%w: %v", errRemoved, err)
+		}
+	}
+}
+
+// drain ends service so that clients notice as little as possible: leadership
+// goes first, because while it moves writes wait; then what is in flight is
+// answered; then the ports close.
+func (s *server) drain() {
+	s.store.stopping.Store(true)
+	ctx, cancel := context.WithTimeout(context.Background(), 500*time.Millisecond)
+	s.store.handOver(ctx)
+	cancel()
+	ctx, cancel = context.WithTimeout(context.Background(), 300*time.Millisecond)
+	defer cancel()
+	if err := s.client.Shutdown(ctx); err != nil {
+		s.log.Debug("client connections cut", zap.Error(err))
+	}
+}
+
+// close releases everything; the loops have ended.
+func (s *server) close() error {
+	s.tr.Stop()
+	err := errors.Join(s.client.Close(), s.peer.Close())
+	if cerr := s.disk.close(); cerr != nil {
+		err = errors.Join(err, fmt.Errorf("%w: close log: %w", errDurability, cerr))
+	}
+	return err
+}
+
+// closeEarly releases what newServer had opened when it failed.
+func (s *server) closeEarly() error {
+	if s.tr != nil {
+		s.tr.Stop()
+	}
+	for _, l := range []net.Listener{s.clientListener, s.peerListener} {
+		if l != nil {
+			_ = l.Close() // nothing was served on it
+		}
+	}
+	if s.disk != nil {
+		return s.disk.close()
+	}
+	return nil
+}
+
+// greet is the one line that says who this is and what to do next.
+func (s *server) greet() {
+	port := s.clientListener.Addr().(*net.TCPAddr).Port
+	s.log.Info(fmt.Sprintf("member %d of cluster %016x serves clients on %s, peers on %s, data in %s; try: curl -X PUT -d hello http://127.0.0.1:%d/my-key",
+		s.cfg.ID, uint64(s.tr.ClusterID), trimAddr(s.clientListener), trimAddr(s.peerListener), s.cfg.DataDir, port))
+}
+
+func trimAddr(l net.Listener) string { return strings.Replace(l.Addr().String(), "[::]", "*", 1) }
+
+// watchDisk refuses writes while the disk is nearly full, and lets them in
+// again once there is clearly room: a full disk would end the process.
+func (s *server) watchDisk(ctx context.Context) {
+	t := time.NewTicker(time.Second)
+	defer t.Stop()
+	for {
+		free, err := s.disk.freeBytes()
+		low := s.store.diskLow.Load()
+		switch {
+		case err != nil:
+			s.log.Warn("cannot tell the free disk space", zap.Error(err))
+		case !low && free < s.cfg.DiskReserve:
+			s.store.diskLow.Store(true)
+			s.log.Error("disk nearly full: writes are refused with 507, reads go on; free some space or lower --disk-reserve",
+				zap.Int64("free_bytes", free), zap.Int64("reserve_bytes", s.cfg.DiskReserve))
+		case low && free > s.cfg.DiskReserve+s.cfg.DiskReserve/16:
+			s.store.diskLow.Store(false)
+			s.log.Info("disk has room again: writes are accepted", zap.Int64("free_bytes", free))
+		}
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}

@@ -1,0 +1,605 @@
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"go.etcd.io/etcd/client/pkg/v3/fileutil"
+	"go.etcd.io/etcd/server/v3/storage/wal"
+	"go.etcd.io/etcd/server/v3/storage/wal/walpb"
+	"go.etcd.io/raft/v3"
+	"go.etcd.io/raft/v3/raftpb"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+
+	"pontoon/kv"
+)
+
+// logStore is what the raft loop needs of the disk. Only the raft loop calls
+// it. After any error the store must not be used again: the process ends
+// before anything more is acknowledged (PITFALLS W5).
+type logStore interface {
+	// save writes the hard state and the entries and returns once they are
+	// on disk, as raft requires of a vote and of an append. Where only the
+	// commit index moved, nothing waits for the disk, unless sync is set.
+	save(hs *raftpb.HardState, ents []*raftpb.Entry, sync bool) error
+	// saveSnapshot records in the log that a snapshot file is complete. The
+	// file must be on disk before (W6).
+	saveSnapshot(meta *raftpb.SnapshotMetadata) error
+	// release forgets the log that no kept snapshot needs any more.
+	release(snapshotIndex uint64) error
+	close() error
+}
+
+// errDurability marks an error of the log or of a snapshot write: exit code 3.
+var errDurability = errors.New("the disk failed")
+
+// errRefuse marks a data directory that this process must not use.
+var errRefuse = errors.New("refusing to start")
+
+// diskStore keeps one member's files:
+//
+//	LOCK           held while a process runs; says which
+//	boots          how often a process was started here (see kv.Batch.Boot)
+//	removed        present once this member was removed: it never starts again
+//	wal/           the raft log, in segments of 64 MB
+//	snap/          <index, 16 hex digits>.snap.db, see kv.WriteSnapshot
+type diskStore struct {
+	dir  string
+	keep int
+	log  *zap.Logger
+	lock *fileutil.LockedFile
+	wal  *wal.WAL
+}
+
+// walMetadata heads every log segment: whose log it is (W8).
+type walMetadata struct {
+	Version   int    `json:"v"`
+	ClusterID uint64 `json:"cluster_id,string"`
+	MemberID  uint64 `json:"member_id,string"`
+	// Joined: this member did not found the cluster, so its log may begin
+	// without a snapshot, and the first one comes from the leader.
+	Joined bool `json:"joined,omitempty"`
+}
+
+// snapHeader is the opaque header of a snapshot file.
+type snapHeader struct {
+	Index   uint64      `json:"index"`
+	Term    uint64      `json:"term"`
+	Members *membership `json:"members"`
+}
+
+// recovered is what the disk says after a start.
+type recovered struct {
+	meta    walMetadata
+	hard    *raftpb.HardState
+	entries []*raftpb.Entry
+	snap    snapHeader // Index 0: none yet, a joiner that waits for its first
+	state   *kv.State
+}
+
+// openDataDir takes the directory's LOCK and clears what a crash left half
+// written. It waits a moment for a predecessor that is still shutting down.
+func openDataDir(dir string, id uint64, keep int, log *zap.Logger) (*diskStore, error) {
+	if err := os.MkdirAll(filepath.Join(dir, "snap"), 0o700); err != nil {
+		return nil, fmt.Errorf("data directory: %w; choose another with --data-dir", err)
+	}
+	d := &diskStore{dir: dir, keep: keep, log: log}
+	path := filepath.Join(dir, "LOCK")
+	deadline := time.Now().Add(3 * time.Second)
+	for {
+		l, err := fileutil.TryLockFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+		if err == nil {
+			d.lock = l
+			break
+		}
+		if !errors.Is(err, fileutil.ErrLocked) {
+			return nil, fmt.Errorf("data directory: %w; choose another with --data-dir", err)
+		}
+		if time.Now().After(deadline) {
+			holder, _ := os.ReadFile(path) // only for the message
+			return nil, fmt.Errorf("%w: %s is in use by %s; stop that process or choose another --data-dir", errRefuse, dir, strings.TrimSpace(string(holder)))
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	who := fmt.Sprintf("process %d (member %d)\n", os.Getpid(), id)
+	if err := errors.Join(d.lock.Truncate(0), writeAt(d.lock.File, who)); err != nil {
+		return nil, errors.Join(fmt.Errorf("data directory: %w", err), d.close())
+	}
+	if reason, err := os.ReadFile(filepath.Join(dir, "removed")); err == nil {
+		return nil, errors.Join(fmt.Errorf("%w: %s", errRefuse, strings.TrimSpace(string(reason))), d.close())
+	}
+	if err := d.clean(); err != nil {
+		return nil, errors.Join(fmt.Errorf("data directory: %w", err), d.close())
+	}
+	return d, nil
+}
+
+func writeAt(f *os.File, s string) error {
+	_, err := f.WriteAt([]byte(s), 0)
+	return err
+}
+
+// clean removes temporary files: a snapshot being written or received (snap's
+// SaveDBFrom leaves tmp*, S2), a log being created.
+func (d *diskStore) clean() error {
+	for _, pattern := range []string{"snap/*.tmp", "snap/tmp*", "wal.new", "wal.new.tmp", "boots.tmp", "removed.tmp"} {
+		names, err := filepath.Glob(filepath.Join(d.dir, pattern))
+		if err != nil {
+			return err
+		}
+		for _, n := range names {
+			if err := os.RemoveAll(n); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// nextBoot counts this start, durably, before the first proposal carries it.
+func (d *diskStore) nextBoot() (uint64, error) {
+	path := filepath.Join(d.dir, "boots")
+	var boots uint64
+	switch b, err := os.ReadFile(path); {
+	case err == nil:
+		if boots, err = strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64); err != nil {
+			return 0, fmt.Errorf("%w: %s is damaged: it must hold one number; write one there that is larger than ever before, such as %d", errRefuse, path, time.Now().Unix())
+		}
+	case !errors.Is(err, os.ErrNotExist):
+		return 0, err
+	}
+	boots++
+	return boots, writeFileSync(path, strconv.FormatUint(boots, 10)+"\n")
+}
+
+// markRemoved makes sure that a removed member never starts again from this
+// directory (R7: a removed id never comes back).
+func (d *diskStore) markRemoved(reason string) error {
+	return writeFileSync(filepath.Join(d.dir, "removed"), reason+"\n")
+}
+
+// writeFileSync replaces a small file so that a crash leaves the old or the new one.
+func writeFileSync(path, content string) error {
+	f, err := os.OpenFile(path+".tmp", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, werr := f.WriteString(content)
+	if err := errors.Join(werr, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	if err := os.Rename(path+".tmp", path); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+func syncDir(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
+func (d *diskStore) walDir() string  { return filepath.Join(d.dir, "wal") }
+func (d *diskStore) snapDir() string { return filepath.Join(d.dir, "snap") }
+func (d *diskStore) snapPath(index uint64) string {
+	return filepath.Join(d.snapDir(), fmt.Sprintf("%016x.snap.db", index)) // the name snap.SaveDBFrom gives
+}
+
+// exists says whether this directory already holds a member.
+func (d *diskStore) exists() bool { return wal.Exist(d.walDir()) }
+
+// quiet lets the libraries' loggers speak only of errors, and of each kind once
+// in ten seconds: what they report as information is not news to an operator,
+// and a peer that does not answer is reported at every attempt.
+func quiet(log *zap.Logger) *zap.Logger {
+	if log.Core().Enabled(zap.DebugLevel) {
+		return log
+	}
+	return log.WithOptions(zap.IncreaseLevel(zap.ErrorLevel), zap.WrapCore(func(c zapcore.Core) zapcore.Core {
+		return zapcore.NewSamplerWithOptions(c, 10*time.Second, 1, 0)
+	}))
+}
+
+// bootstrap writes the first files of a member, so that a crash at any point
+// leaves either nothing or all of it.
+//
+// A founder begins with a snapshot at index 1 that holds the member table,
+// instead of with faked log entries: starting and restarting are then one
+// path, and every later member gets the table the same way. A joiner begins
+// empty.
+func (d *diskStore) bootstrap(id uint64, m *membership, joined bool) error {
+	meta := walMetadata{Version: 1, ClusterID: m.ClusterID, MemberID: id, Joined: joined}
+	b, err := json.Marshal(meta)
+	if err != nil {
+		return err
+	}
+	tmp := filepath.Join(d.dir, "wal.new")
+	w, err := wal.Create(quiet(d.log), tmp, b)
+	if err != nil {
+		return fmt.Errorf("%w: create log: %w", errDurability, err)
+	}
+	if !joined {
+		state := kv.NewState()
+		state.SetApplied(1)
+		if _, err := d.writeSnapshot(snapHeader{Index: 1, Term: 1, Members: m}, state); err != nil {
+			return errors.Join(err, w.Close())
+		}
+		err = errors.Join(
+			w.SaveSnapshot(&walpb.Snapshot{Index: new(uint64(1)), Term: new(uint64(1)), ConfState: m.confState()}),
+			w.Save(&raftpb.HardState{Term: new(uint64(1)), Vote: new(uint64(0)), Commit: new(uint64(1))}, nil))
+	}
+	if err = errors.Join(err, w.Close()); err != nil {
+		return fmt.Errorf("%w: create log: %w", errDurability, err)
+	}
+	if err := os.Rename(tmp, d.walDir()); err != nil {
+		return fmt.Errorf("%w: create log: %w", errDurability, err)
+	}
+	return syncDir(d.dir)
+}
+
+// load reads the newest snapshot that the log vouches for and that is whole,
+// then the log after it, and opens the log for appending.
+func (d *diskStore) load() (*recovered, error) {
+	entries, err := wal.ValidSnapshotEntries(quiet(d.log), d.walDir())
+	if err != nil {
+		return nil, fmt.Errorf("%w: the log in %s is damaged: %w; %s", errRefuse, d.walDir(), err, replaceHint)
+	}
+	r := &recovered{state: kv.NewState()}
+	start := &walpb.Snapshot{}
+	var damaged []error
+	for _, e := range slices.Backward(entries) {
+		if e.GetIndex() == 0 {
+			continue
+		}
+		h, state, err := d.readSnapshot(e.GetIndex())
+		if err == nil && (h.Index != e.GetIndex() || h.Term != e.GetTerm()) {
+			err = fmt.Errorf("%s holds index %d term %d, the log expects term %d", d.snapPath(e.GetIndex()), h.Index, h.Term, e.GetTerm())
+		}
+		if err != nil {
+			damaged = append(damaged, err)
+			d.log.Error("snapshot unusable, trying the one before", zap.Uint64("index", e.GetIndex()), zap.Error(err))
+			continue
+		}
+		r.snap, r.state, start = h, state, e
+		break
+	}
+	if r.snap.Index == 0 && len(damaged) > 0 {
+		return nil, fmt.Errorf("%w: no usable snapshot: %w; %s", errRefuse, errors.Join(damaged...), replaceHint)
+	}
+	if err := d.openLog(start, r); err != nil {
+		return nil, err
+	}
+	return r, d.checkRecovered(r)
+}
+
+const replaceHint = "if the other members are healthy, remove this member (DELETE /<id>) and add a new one with a new id and an empty data directory"
+
+func (d *diskStore) openLog(start *walpb.Snapshot, r *recovered) error {
+	for repaired := false; ; repaired = true {
+		w, err := wal.Open(quiet(d.log), d.walDir(), start)
+		if err != nil {
+			return fmt.Errorf("%w: the log in %s cannot be opened: %w; %s", errRefuse, d.walDir(), err, replaceHint)
+		}
+		meta, hard, ents, err := w.ReadAll()
+		if err == nil {
+			d.wal, r.hard, r.entries = w, hard, ents
+			if err := json.Unmarshal(meta, &r.meta); err != nil || r.meta.Version != 1 {
+				return fmt.Errorf("%w: the log in %s was not written by this program or by a newer one (metadata %.80q)", errRefuse, d.walDir(), meta)
+			}
+			return nil
+		}
+		if cerr := w.Close(); cerr != nil {
+			d.log.Debug("close log", zap.Error(cerr))
+		}
+		// A write that a crash cut short ends the last segment: what it
+		// held was never acknowledged, so it may go.
+		if repaired || !errors.Is(err, io.ErrUnexpectedEOF) || !wal.Repair(quiet(d.log), d.walDir()) {
+			return fmt.Errorf("%w: the log in %s is damaged: %w; %s", errRefuse, d.walDir(), err, replaceHint)
+		}
+		d.log.Warn("the log ended in a write that a crash cut short; repaired", zap.String("dir", d.walDir()))
+	}
+}
+
+// checkRecovered turns into an error what would be a panic inside raft.
+func (d *diskStore) checkRecovered(r *recovered) error {
+	last := r.snap.Index
+	for _, e := range r.entries {
+		if e.GetIndex() != last+1 {
+			return fmt.Errorf("%w: the log in %s misses entry %d; %s", errRefuse, d.walDir(), last+1, replaceHint)
+		}
+		last = e.GetIndex()
+	}
+	if c := r.hard.GetCommit(); c > last || (c < r.snap.Index && r.snap.Index > 0) {
+		return fmt.Errorf("%w: the log in %s ends at entry %d, but entry %d was committed; %s", errRefuse, d.walDir(), last, c, replaceHint)
+	}
+	if r.snap.Index == 0 && !r.meta.Joined {
+		return fmt.Errorf("%w: the log in %s has no snapshot to start from; %s", errRefuse, d.walDir(), replaceHint)
+	}
+	return nil
+}
+
+func (d *diskStore) readSnapshot(index uint64) (snapHeader, *kv.State, error) {
+	var h snapHeader
+	path := d.snapPath(index)
+	f, err := os.Open(path)
+	if err != nil {
+		return h, nil, err
+	}
+	defer f.Close()
+	b, state, err := kv.ReadSnapshot(bufio.NewReaderSize(f, 1<<20))
+	if err != nil {
+		return h, nil, fmt.Errorf("%s: %w", path, err)
+	}
+	if h, err = decodeSnapHeader(b); err != nil {
+		return h, nil, fmt.Errorf("%s: %w", path, err)
+	}
+	if state.Applied() != h.Index {
+		return h, nil, fmt.Errorf("%s: the state is of entry %d, the header says %d", path, state.Applied(), h.Index)
+	}
+	return h, state, nil
+}
+
+// snapFile is a snapshot file open for sending.
+type snapFile struct {
+	*os.File
+	size int64
+}
+
+func (d *diskStore) openSnapshot(index uint64) (snapFile, error) {
+	f, err := os.Open(d.snapPath(index))
+	if err != nil {
+		return snapFile{}, err
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return snapFile{}, errors.Join(err, f.Close())
+	}
+	return snapFile{f, info.Size()}, nil
+}
+
+// snapshotHeader reads who and when of a snapshot file that was verified before.
+func (d *diskStore) snapshotHeader(index uint64) (snapHeader, error) {
+	f, err := os.Open(d.snapPath(index))
+	if err != nil {
+		return snapHeader{}, err
+	}
+	defer f.Close()
+	b, err := kv.ReadSnapshotHeader(f)
+	if err != nil {
+		return snapHeader{}, fmt.Errorf("%s: %w", f.Name(), err)
+	}
+	return decodeSnapHeader(b)
+}
+
+func decodeSnapHeader(b []byte) (snapHeader, error) {
+	var h snapHeader
+	if err := json.Unmarshal(b, &h); err != nil {
+		return h, fmt.Errorf("snapshot header: %w", err)
+	}
+	if h.Index == 0 || h.Term == 0 || h.Members == nil || len(h.Members.voters()) == 0 {
+		return h, errors.New("snapshot header: index, term or members are missing")
+	}
+	return h, nil
+}
+
+// verifySnapshot reads a whole snapshot file in constant memory.
+func (d *diskStore) verifySnapshot(index uint64) (snapHeader, error) {
+	path := d.snapPath(index)
+	f, err := os.Open(path)
+	if err != nil {
+		return snapHeader{}, err
+	}
+	defer f.Close()
+	b, err := kv.VerifySnapshot(bufio.NewReaderSize(f, 1<<20))
+	if err != nil {
+		return snapHeader{}, fmt.Errorf("%s: %w", path, err)
+	}
+	h, err := decodeSnapHeader(b)
+	if err == nil && h.Index != index {
+		err = fmt.Errorf("%s: holds entry %d", path, h.Index)
+	}
+	return h, err
+}
+
+// discardSnapshot deletes a file that was received and is damaged.
+func (d *diskStore) discardSnapshot(index uint64) error { return os.Remove(d.snapPath(index)) }
+
+// writeSnapshot streams state into its file and returns the size: temporary
+// name, sync, rename, sync of the directory (S1). The caller owns state, which
+// nobody may be changing.
+func (d *diskStore) writeSnapshot(h snapHeader, state *kv.State) (size int64, err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("%w: write snapshot %d: %w", errDurability, h.Index, err)
+		}
+	}()
+	head, err := json.Marshal(h)
+	if err != nil {
+		return 0, err
+	}
+	path := d.snapPath(h.Index)
+	f, err := os.OpenFile(path+".tmp", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return 0, err
+	}
+	w := &syncWriter{f: f}
+	b := bufio.NewWriterSize(w, 256<<10)
+	err = errors.Join(kv.WriteSnapshot(b, head, state), b.Flush())
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return 0, errors.Join(err, os.Remove(path+".tmp"))
+	}
+	if err = os.Rename(path+".tmp", path); err != nil {
+		return 0, err
+	}
+	return w.written, syncDir(d.snapDir())
+}
+
+// syncWriter pushes dirty pages out as it goes: one large sync at the end
+// would hold up the log's own syncs on the same disk.
+type syncWriter struct {
+	f                *os.File
+	written, unsaved int64
+}
+
+const syncEvery = 4 << 20
+
+func (w *syncWriter) Write(p []byte) (int, error) {
+	n, err := w.f.Write(p)
+	w.written += int64(n)
+	if w.unsaved += int64(n); err == nil && w.unsaved >= syncEvery {
+		w.unsaved = 0
+		err = fileutil.Fdatasync(w.f)
+	}
+	return n, err
+}
+
+func (d *diskStore) save(hs *raftpb.HardState, ents []*raftpb.Entry, sync bool) error {
+	if raft.IsEmptyHardState(hs) {
+		hs = nil // wal.Save takes nil for "no change"
+	}
+	err := d.wal.Save(hs, ents)
+	if err == nil && sync {
+		err = d.wal.Sync()
+	}
+	if err != nil {
+		return fmt.Errorf("%w: write log: %w", errDurability, err)
+	}
+	return nil
+}
+
+func (d *diskStore) saveSnapshot(m *raftpb.SnapshotMetadata) error {
+	err := d.wal.SaveSnapshot(&walpb.Snapshot{Index: m.Index, Term: m.Term, ConfState: m.ConfState})
+	if err != nil {
+		return fmt.Errorf("%w: write log: %w", errDurability, err)
+	}
+	return nil
+}
+
+func (d *diskStore) release(index uint64) error {
+	if err := d.wal.ReleaseLockTo(index); err != nil {
+		return fmt.Errorf("%w: release log: %w", errDurability, err)
+	}
+	return nil
+}
+
+// snapshotFiles are the indexes of the snapshot files, oldest first.
+func (d *diskStore) snapshotFiles() ([]uint64, error) {
+	names, err := os.ReadDir(d.snapDir())
+	if err != nil {
+		return nil, err
+	}
+	var out []uint64
+	for _, n := range names {
+		if hex, ok := strings.CutSuffix(n.Name(), ".snap.db"); ok && len(hex) == 16 {
+			if i, err := strconv.ParseUint(hex, 16, 64); err == nil {
+				out = append(out, i)
+			}
+		}
+	}
+	slices.Sort(out)
+	return out, nil
+}
+
+// oldestKept is the oldest snapshot that survives a purge once the one at
+// newest is recorded. Files above newest are on their way in and stay (H6).
+func (d *diskStore) oldestKept(newest uint64) (uint64, error) {
+	files, err := d.snapshotFiles()
+	if err != nil {
+		return 0, err
+	}
+	files = slices.DeleteFunc(files, func(i uint64) bool { return i > newest })
+	if len(files) <= d.keep {
+		return 0, nil // nothing to purge
+	}
+	return files[len(files)-d.keep], nil
+}
+
+// purge deletes snapshots before oldest and the log segments that only they
+// needed. It runs beside the raft loop, after release(oldest).
+func (d *diskStore) purge(oldest uint64) error {
+	files, err := d.snapshotFiles()
+	if err != nil {
+		return err
+	}
+	for _, i := range files {
+		if i < oldest {
+			if err := os.Remove(d.snapPath(i)); err != nil {
+				return err
+			}
+		}
+	}
+	names, err := filepath.Glob(filepath.Join(d.walDir(), "*.wal"))
+	if err != nil {
+		return err
+	}
+	slices.Sort(names) // the names begin with the sequence number
+	needed := 0        // the last segment that starts at or before oldest
+	for i, n := range names {
+		var seq, first uint64
+		if _, err := fmt.Sscanf(filepath.Base(n), "%016x-%016x.wal", &seq, &first); err == nil && first <= oldest {
+			needed = i
+		}
+	}
+	for _, n := range names[:needed] {
+		if err := os.Remove(n); err != nil {
+			return err
+		}
+	}
+	broken, err := filepath.Glob(filepath.Join(d.walDir(), "*.broken"))
+	for _, n := range broken {
+		err = errors.Join(err, os.Remove(n))
+	}
+	return err
+}
+
+// sizes are the bytes of the log segments (they are allocated ahead) and of
+// the snapshots.
+func (d *diskStore) sizes() (walBytes, snapBytes int64) {
+	sum := func(dir string) (n int64) {
+		names, err := os.ReadDir(dir)
+		if err != nil {
+			return 0
+		}
+		for _, e := range names {
+			if info, err := e.Info(); err == nil {
+				n += info.Size()
+			}
+		}
+		return n
+	}
+	return sum(d.walDir()), sum(d.snapDir())
+}
+
+// freeBytes is what the file system would still give this process.
+func (d *diskStore) freeBytes() (int64, error) {
+	var st syscall.Statfs_t
+	if err := syscall.Statfs(d.dir, &st); err != nil {
+		return 0, err
+	}
+	return int64(st.Bavail) * int64(st.Bsize), nil
+}
+
+func (d *diskStore) close() error {
+	var err error
+	if d.wal != nil {
+		err = d.wal.Close()
+	}
+	if d.lock != nil {
+		err = errors.Join(err, d.lock.Close())
+	}
+	return err
+}
