@@ -118,6 +118,24 @@ func (c *clientConn) Write(p []byte) (int, error) {
 	}
 }
 
+// SetWriteDeadline leaves the deadline of Write in force: net/http lifts its own
+// after each answer, and would lift ours with it. Any other is refused, so that
+// a handler that wants one hears of it.
+func (c *clientConn) SetWriteDeadline(t time.Time) error {
+	if t.IsZero() {
+		return nil
+	}
+	return fmt.Errorf("a client connection ends stuck writes by itself: %w", errors.ErrUnsupported)
+}
+
+// SetDeadline lifts the read deadline, or is refused for its writing half.
+func (c *clientConn) SetDeadline(t time.Time) error {
+	if err := c.SetWriteDeadline(t); err != nil {
+		return err
+	}
+	return c.Conn.SetReadDeadline(t)
+}
+
 // CloseWrite lets net/http end an answer before the connection: closing at
 // once would reset it under a client that is still sending.
 func (c *clientConn) CloseWrite() error {

@@ -103,11 +103,9 @@ func headOf(rec string) head {
 func keyOf(rec string, h head) string { return rec[h.size:h.prefix()] }
 
 func entryOf(rec string, h head) Entry {
-	// The capacity ends with the value: an append by a careless caller
-	// reallocates.
-	value := bytesOf(rec)[h.prefix():len(rec):len(rec)]
 	return Entry{
-		Key: keyOf(rec, h), Value: value,
+		// The capacity ends with the record: a careless append reallocates.
+		Key: keyOf(rec, h), Value: bytesOf(rec)[h.prefix():],
 		CreateRevision: h.create, ModRevision: h.mod, Version: h.version,
 	}
 }

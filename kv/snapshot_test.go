@@ -160,6 +160,30 @@ func TestReadSnapshotHeaderReadsNoFurther(t *testing.T) {
 	}
 }
 
+// ReadSnapshotHeader judges what it reads as the others do.
+func TestReadSnapshotHeaderRefuses(t *testing.T) {
+	file := snapshot(t, []byte("a header"), NewState())
+	for i := range 12 + blockHeadSize + 9 {
+		if _, err := ReadSnapshotHeader(bytes.NewReader(file[:i])); !errors.Is(err, ErrCorrupt) {
+			t.Errorf("cut to %d bytes: %v", i, err)
+		}
+		file[i] ^= 4
+		if _, err := ReadSnapshotHeader(bytes.NewReader(file)); !refused(err) {
+			t.Errorf("byte %d: %v", i, err)
+		}
+		file[i] ^= 4
+	}
+	for name, payload := range map[string][]byte{
+		"shorter than said": {2, 'h'},
+		"longer than said":  {1, 'h', 'h'},
+		"beyond the limit":  binary.AppendUvarint(nil, MaxHeaderSize+1),
+	} {
+		if _, err := ReadSnapshotHeader(bytes.NewReader(forge(section{1, payload}))); !errors.Is(err, ErrCorrupt) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 // An error of the reader or the writer is neither lost nor called corruption.
 func TestSnapshotPassesErrorsOn(t *testing.T) {
 	broken := errors.New("broken disk")
@@ -397,6 +421,10 @@ func TestReadSnapshotRefuses(t *testing.T) {
 		{"no window", forge(head, items, end(nil)), ErrCorrupt},
 		{"items out of order", forge(head, replay, section{3, append(bytes.Clone(b), a...)}, end(nil)), ErrCorrupt},
 		{"item twice", forge(head, replay, section{3, append(bytes.Clone(a), a...)}, end(nil)), ErrCorrupt},
+		{"item twice, and counted twice", forge(head, replay, section{3, append(bytes.Clone(a), a...)}, end(func(t *trailer) {
+			sum := 2 * recordHash(stringOf(a), headOf(stringOf(a)))
+			t.bytes, t.hash = 4, stateHash(sum, good.windows[0].hash(), 2)
+		})), ErrCorrupt},
 		{"item missing", forge(head, replay, section{3, a}, end(nil)), ErrCorrupt},
 		{"item with unknown fields", forge(head, replay, section{3, append([]byte{1}, a[1:]...)}, end(nil)), ErrUnknownVersion},
 		{"item cut in its head", forge(head, replay, section{3, items.payload[:len(a)+3]}, end(nil)), ErrCorrupt},

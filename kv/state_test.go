@@ -261,6 +261,8 @@ func TestReplay(t *testing.T) {
 		{"overtaken is not a duplicate", []admit{{1, 3, true}, {1, 1, true}, {1, 2, true}, {1, 1, false}, {1, 2, false}, {1, 3, false}}},
 		{"the edge of the window", []admit{{1, w, true}, {1, 1, true}, {1, w + 1, true}, {1, 1, false}, {1, 2, true}}},
 		{"one behind the edge, never seen", []admit{{1, w + 1, true}, {1, 1, false}, {1, 2, true}}},
+		{"two behind the edge, in a place that is free", []admit{{1, w + 2, true}, {1, 1, false}, {1, w + 1, true}}},
+		{"the first skipped place was taken before", []admit{{1, 4, true}, {1, w + 3, true}, {1, 4, false}, {1, w + 5, true}, {1, w + 4, true}, {1, w + 4, false}}},
 		{"a place is taken over", []admit{{1, 5, true}, {1, w + 4, true}, {1, w + 5, true}, {1, 5, false}, {1, w + 5, false}}},
 		{"skipped places are free", []admit{{1, 1, true}, {1, 2, true}, {1, 3, true}, {1, w + 3, true}, {1, w + 1, true}, {1, w + 2, true}, {1, w + 2, false}}},
 		{"a jump of exactly a window", []admit{{1, 7, true}, {1, 8, true}, {1, 8 + w, true}, {1, 9, true}, {1, 8, false}, {1, 7 + w, true}}},

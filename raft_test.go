@@ -1,0 +1,385 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+
+	"go.etcd.io/raft/v3/raftpb"
+
+	"pontoon/kv"
+)
+
+func TestThreeNodesPutGet(t *testing.T) {
+	c := newCluster(t, 3, nil)
+	for i, w := range c.table {
+		key, value := fmt.Sprintf("k%d", i), fmt.Sprintf("v%d", i)
+		c.leader()
+		c.nodes[w.ID].mustPut(key, value)
+		for _, n := range c.nodes {
+			n.mustGet(key, value) // a linearizable read sees it at once, anywhere
+		}
+	}
+	c.check()
+}
+
+// Commands proposed from what was committed, on all members at once, must not
+// block: a proposer that waits for its own commit inside the commit path would.
+func TestProposeOnCommit(t *testing.T) {
+	c := newCluster(t, 3, nil)
+	c.leader()
+	var wg sync.WaitGroup
+	for _, n := range c.nodes {
+		wg.Go(func() {
+			next := 0
+			for next < 100 {
+				r, err := n.store.put(c.ctx(), fmt.Sprintf("member-%d", n.id), fmt.Append(nil, next))
+				if err != nil {
+					t.Errorf("member %d, commit %d: %v", n.id, next, err)
+					return
+				}
+				if r.Entry.Version != int64(next+1) {
+					t.Errorf("member %d: version %d after %d commits", n.id, r.Entry.Version, next+1)
+					return
+				}
+				next++
+			}
+		})
+	}
+	wg.Wait()
+	c.check()
+}
+
+// Every concurrent write gets its own result: revisions are never shared.
+func TestEveryWriteItsOwnResult(t *testing.T) {
+	c := newCluster(t, 3, nil)
+	c.leader()
+	var mu sync.Mutex
+	seen := map[int64]string{}
+	var wg sync.WaitGroup
+	for _, n := range c.nodes {
+		for w := range 20 {
+			wg.Go(func() {
+				for i := range 20 {
+					key := fmt.Sprintf("%d/%d/%d", n.id, w, i)
+					r, err := n.store.put(c.ctx(), key, []byte(key))
+					if err != nil || r.Entry.Key != key || string(r.Entry.Value) != key || r.Entry.ModRevision != r.Revision {
+						t.Errorf("put %s: %+v %v", key, r, err)
+						return
+					}
+					mu.Lock()
+					if other, taken := seen[r.Revision]; taken {
+						t.Errorf("%s and %s both got revision %d", key, other, r.Revision)
+					}
+					seen[r.Revision] = key
+					mu.Unlock()
+				}
+			})
+		}
+	}
+	wg.Wait()
+	c.check()
+}
+
+func TestCloseWhileProposing(t *testing.T) {
+	c := newCluster(t, 3, nil)
+	n := c.leader()
+	var wg sync.WaitGroup
+	for i := range 50 {
+		wg.Go(func() {
+			for j := 0; ; j++ {
+				_, err := n.store.put(c.ctx(), fmt.Sprint(i), fmt.Append(nil, j))
+				if err != nil {
+					if !errors.Is(err, errStopping) && !errors.Is(err, errCommitTimeout) {
+						t.Errorf("put while closing: %v", err)
+					}
+					return
+				}
+			}
+		})
+	}
+	<-n.store.revision.Wait(200)
+	if err := c.stop(n.id); err != nil {
+		t.Fatalf("stop: %v", err)
+	}
+	wg.Wait()
+}
+
+func TestCloseBeforeReplayEnds(t *testing.T) {
+	c := newCluster(t, 1, func(cfg *Config) { cfg.SnapshotEntries = 1 << 40 })
+	for i := range 300 {
+		c.leader().mustPut(fmt.Sprint(i), "x")
+	}
+	for range 3 { // the log is replayed from its beginning each time
+		if err := c.stop(1); err != nil {
+			t.Fatalf("stop: %v", err)
+		}
+		c.start(1)
+	}
+	c.leader().mustGet("299", "x")
+}
+
+func TestSingleNodeRestartLeadsAgain(t *testing.T) { // etcd#4474, #4478
+	c := newCluster(t, 1, nil)
+	for i := range 3 {
+		n := c.leader()
+		n.mustPut("k", fmt.Sprint(i))
+		c.stop(1)
+		c.start(1)
+		c.leader().mustGet("k", fmt.Sprint(i))
+	}
+}
+
+func TestKillLeaderNothingLost(t *testing.T) {
+	c := newCluster(t, 3, nil)
+	acked := map[string]string{}
+	for round := range 4 {
+		n := c.leader()
+		for i := range 20 {
+			k := fmt.Sprintf("%d-%d", round, i)
+			n.mustPut(k, k)
+			acked[k] = k
+		}
+		c.stop(n.id)
+		for k, v := range acked {
+			c.leader().mustGet(k, v)
+		}
+		c.start(n.id)
+	}
+	c.check()
+}
+
+// A write that reaches a follower while the leader dies is neither lost nor
+// refused nor done twice: the follower proposes it again to the next leader.
+func TestWritesSurviveLeaderLoss(t *testing.T) {
+	c := newCluster(t, 3, nil)
+	l, f := c.leader(), c.follower()
+	f.mustPut("counter", "0")
+	// The proposal goes out, and nobody who leads hears of it.
+	c.net.dropIf(func(m *raftpb.Message) bool { return m.GetType() == raftpb.MsgProp })
+	type answer struct {
+		r   kv.Result
+		err error
+	}
+	done := make(chan answer, 1)
+	go func() {
+		r, err := f.store.put(c.ctx(), "counter", []byte("1"))
+		done <- answer{r, err}
+	}()
+	c.wait("the proposal", func() bool { return len(f.node.inflight.open()) == 1 })
+	c.isolate(l.id, true)
+	c.net.dropIf(nil)
+	a := <-done
+	if a.err != nil || a.r.Entry.Version != 2 {
+		t.Fatalf("put across a leader change: version %d, %v", a.r.Entry.Version, a.err)
+	}
+	c.isolate(l.id, false)
+	c.check()
+}
+
+// A batch that is proposed twice is applied once.
+func TestReproposedBatchAppliesOnce(t *testing.T) {
+	c := newCluster(t, 3, nil)
+	l := c.leader()
+	l.mustPut("k", "0")
+	err := l.node.do(c.ctx(), func() {
+		l.node.seq++
+		data := kv.AppendBatch(nil, l.id, l.node.boot, l.node.seq, kv.AppendCommand(nil, kv.Command{Op: kv.OpPut, Key: "k", Value: []byte("1")}))
+		for range 3 {
+			if err := l.node.raw.Propose(data); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.mustPut("after", "x") // behind the three
+	e, _, err := l.store.get(c.ctx(), "k", readOptions{})
+	if err != nil || e.Version != 2 || string(e.Value) != "1" {
+		t.Fatalf("got %+v %v, want version 2", e, err)
+	}
+	c.check()
+}
+
+func TestNoLeaderRefusesAfterElectionTimeout(t *testing.T) {
+	c := newCluster(t, 3, nil)
+	n := c.follower()
+	c.isolate(n.id, true)
+	c.wait("the member to notice", func() bool { return n.store.leader() == 0 })
+	start := time.Now()
+	_, err := n.store.put(c.ctx(), "k", []byte("v"))
+	if !errors.Is(err, errNoLeader) {
+		t.Fatalf("put without a leader: %v", err)
+	}
+	_, _, err = n.store.get(c.ctx(), "k", readOptions{})
+	if !errors.Is(err, errNoLeader) {
+		t.Fatalf("get without a leader: %v", err)
+	}
+	if _, _, err = n.store.get(c.ctx(), "k", readOptions{stale: true}); !errors.Is(err, errKeyNotFound) {
+		t.Fatalf("stale get without a leader: %v", err)
+	}
+	if took := time.Since(start); took > 5*time.Second {
+		t.Fatalf("refused after %v", took)
+	}
+	c.isolate(n.id, false)
+	c.check()
+	if _, _, err := n.store.get(c.ctx(), "k", readOptions{}); !errors.Is(err, errKeyNotFound) {
+		t.Fatalf("a refused write took effect: %v", err)
+	}
+}
+
+// A proposal that raft has is unknown at its deadline, not refused.
+func TestDeadlineAfterProposalIsUnknown(t *testing.T) {
+	c := newCluster(t, 3, nil)
+	l := c.leader()
+	c.isolate(l.id, true)
+	ctx, cancel := context.WithTimeout(c.ctx(), 3*testTick)
+	defer cancel()
+	_, err := l.store.put(ctx, "k", []byte("v"))
+	if !errors.Is(err, errCommitTimeout) {
+		t.Fatalf("a leader without followers answered %v, want unknown", err)
+	}
+	c.isolate(l.id, false)
+	c.check()
+}
+
+// An old leader that is cut off must not serve what a newer one has changed.
+func TestIsolatedLeaderServesNoStaleRead(t *testing.T) {
+	c := newCluster(t, 3, nil)
+	old := c.leader()
+	old.mustPut("k", "old")
+	c.isolate(old.id, true)
+	read := make(chan string, 1)
+	var other *testNode
+	for _, n := range c.nodes {
+		if n != old {
+			other = n
+		}
+	}
+	other.mustPut("k", "new") // commits under a new leader
+	go func() {
+		e, _, err := old.store.get(c.ctx(), "k", readOptions{})
+		if err != nil {
+			read <- err.Error()
+			return
+		}
+		read <- string(e.Value)
+	}()
+	if got := <-read; got == "old" {
+		t.Fatal("a deposed leader served an overwritten value")
+	}
+	if e, _, err := old.store.get(c.ctx(), "k", readOptions{stale: true}); err != nil || string(e.Value) != "old" {
+		t.Fatalf("stale read: %q %v", e.Value, err)
+	}
+	c.isolate(old.id, false)
+	old.mustGet("k", "new")
+}
+
+// Reads get lost without a word (R1). They are tried again and end in time.
+func TestLostReadIndexIsRetried(t *testing.T) {
+	c := newCluster(t, 3, nil)
+	f := c.follower()
+	f.mustPut("k", "v")
+	var mu sync.Mutex
+	lost := 0
+	c.net.dropIf(func(m *raftpb.Message) bool {
+		mu.Lock()
+		defer mu.Unlock()
+		if m.GetType() == raftpb.MsgReadIndex && lost < 3 {
+			lost++
+			return true
+		}
+		return false
+	})
+	f.mustGet("k", "v")
+	mu.Lock()
+	defer mu.Unlock()
+	if lost != 3 {
+		t.Fatalf("%d requests were lost, the test meant 3", lost)
+	}
+}
+
+// One voter answers ReadIndex before it has committed in its term (R2): after
+// a crash its commit index may lag behind what it acknowledged.
+func TestSingleVoterGatesReadsOnItsTerm(t *testing.T) {
+	c := newCluster(t, 1, nil)
+	n := c.leader()
+	n.mustPut("k", "v")
+	for range 5 {
+		c.stop(1)
+		n = c.start(1)
+		n.mustGet("k", "v") // waits for the first commit of the new term
+	}
+}
+
+func TestMinRevision(t *testing.T) {
+	c := newCluster(t, 3, nil)
+	l, f := c.leader(), c.follower()
+	r, err := l.store.put(c.ctx(), "k", []byte("v"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	e, _, err := f.store.get(c.ctx(), "k", readOptions{stale: true, minRevision: r.Revision})
+	if err != nil || string(e.Value) != "v" {
+		t.Fatalf("read your write: %q %v", e.Value, err)
+	}
+	ctx, cancel := context.WithTimeout(c.ctx(), 2*testTick)
+	defer cancel()
+	if _, _, err := f.store.get(ctx, "k", readOptions{stale: true, minRevision: r.Revision + 1000}); !errors.Is(err, errCommitTimeout) {
+		t.Fatalf("a revision that never comes: %v", err)
+	}
+}
+
+func TestTransferLeader(t *testing.T) {
+	c := newCluster(t, 3, nil)
+	for range 5 {
+		l, f := c.leader(), c.follower()
+		if err := l.store.transferLeader(c.ctx(), f.id); err != nil {
+			t.Fatalf("transfer from the leader: %v", err)
+		}
+		if err := l.store.transferLeader(c.ctx(), l.id); err != nil { // l follows now
+			t.Fatalf("transfer from a follower: %v", err)
+		}
+	}
+	if err := c.leader().store.transferLeader(c.ctx(), 99); !errors.Is(err, errTransferRefused) {
+		t.Fatalf("transfer to nobody: %v", err)
+	}
+}
+
+// Writes on every member go on while leadership is handed around: none fails.
+func TestWritesDuringTransfers(t *testing.T) {
+	c := newCluster(t, 3, nil)
+	c.leader()
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	for _, n := range c.nodes {
+		for w := range 4 {
+			wg.Go(func() {
+				for i := 0; ; i++ {
+					select {
+					case <-stop:
+						return
+					default:
+					}
+					if _, err := n.store.put(c.ctx(), fmt.Sprintf("%d/%d", n.id, w), fmt.Append(nil, i)); err != nil {
+						t.Errorf("member %d: put %d: %v", n.id, i, err)
+						return
+					}
+				}
+			})
+		}
+	}
+	for range 10 {
+		l := c.leader()
+		ctx, cancel := context.WithTimeout(c.ctx(), 5*time.Second)
+		l.store.handOver(ctx)
+		cancel()
+	}
+	close(stop)
+	wg.Wait()
+	c.check()
+}
