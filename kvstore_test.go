@@ -1,0 +1,210 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+
+	"pontoon/kv"
+)
+
+func small(cfg *Config) {
+	cfg.SnapshotEntries, cfg.CatchUpBytes = 50, 2<<10
+}
+
+func (n *testNode) fill(prefix string, count int) {
+	n.c.t.Helper()
+	var wg sync.WaitGroup
+	for w := range 8 {
+		wg.Go(func() {
+			for i := w; i < count; i += 8 {
+				if _, err := n.store.put(n.c.ctx(), fmt.Sprintf("%s%05d", prefix, i), bytes.Repeat([]byte("x"), 100)); err != nil {
+					n.c.t.Errorf("fill: %v", err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
+func (n *testNode) keys() int {
+	n.store.mu.RLock()
+	defer n.store.mu.RUnlock()
+	return n.store.mu.state.Len()
+}
+
+func TestSnapshotAndRestart(t *testing.T) {
+	c := newCluster(t, 1, small)
+	n := c.leader()
+	binary := "\x00\xff\xfe/\xc3\xa9"
+	n.mustPut(binary, binary)
+	n.fill("k", 2000)
+	c.wait("a snapshot", func() bool { return n.node.progress.snapshot.Load() > 100 })
+	c.stop(1)
+	n = c.start(1)
+	n.mustGet(binary, binary)
+	if n.keys() != 2001 {
+		t.Fatalf("%d keys after the restart, want 2001", n.keys())
+	}
+	c.check()
+}
+
+// A snapshot in the middle of a load, and a restart in the middle of that.
+func TestSnapshotMidLoadRestartMidLoad(t *testing.T) {
+	c := newCluster(t, 3, small)
+	c.leader()
+	done, writer := make(chan struct{}), c.nodes[1]
+	go func() {
+		defer close(done)
+		writer.fill("k", 4000)
+	}()
+	victim := c.nodes[3]
+	for range 3 {
+		<-victim.store.applied.Wait(victim.store.applied.At() + 100)
+		if err := c.stop(3); err != nil {
+			t.Fatal(err)
+		}
+		victim = c.start(3)
+	}
+	<-done
+	c.check()
+	if got := c.nodes[3].keys(); got != 4001 {
+		t.Fatalf("%d keys on the restarted member, want 4001", got)
+	}
+}
+
+// A follower that was away while the log was compacted gets a snapshot, and a
+// state that equals the others'.
+func TestFollowerCatchesUpBySnapshot(t *testing.T) {
+	c := newCluster(t, 3, small)
+	l, f := c.leader(), c.follower()
+	c.isolate(f.id, true)
+	l.fill("k", 3000)
+	c.wait("compaction", func() bool {
+		first, err := l.node.mem.FirstIndex()
+		return err == nil && first > f.store.applied.At()+1
+	})
+	c.isolate(f.id, false)
+	<-f.store.applied.Wait(l.store.applied.At())
+	c.check()
+	if f.keys() != 3001 {
+		t.Fatalf("%d keys, want 3001", f.keys())
+	}
+	// And the member starts from what it was sent.
+	c.stop(f.id)
+	f = c.start(f.id)
+	f.mustGet("k02999", strings.Repeat("x", 100))
+}
+
+// What a Clone shows does not change while writes go on: the snapshot of a
+// moment is of that moment.
+func TestSnapshotIsOfOneMoment(t *testing.T) {
+	c := newCluster(t, 1, small)
+	n := c.leader()
+	n.fill("k", 3000)
+	c.wait("snapshots", func() bool { return n.node.progress.snapshot.Load() > 200 })
+	files, err := n.disk.snapshotFiles()
+	if err != nil || len(files) == 0 {
+		t.Fatal(files, err)
+	}
+	for _, i := range files {
+		h, state, err := n.disk.readSnapshot(i)
+		if errors.Is(err, os.ErrNotExist) {
+			continue // purged meanwhile
+		}
+		if err != nil || h.Index != i || state.Applied() != i {
+			t.Fatalf("snapshot %d: header %d, state %d, %v", i, h.Index, state.Applied(), err)
+		}
+		if err := state.Check(); err != nil {
+			t.Fatalf("snapshot %d: %v", i, err)
+		}
+	}
+}
+
+func TestDiskLowRefusesWritesNotReads(t *testing.T) {
+	c := newCluster(t, 1, nil)
+	n := c.leader()
+	n.mustPut("k", "v")
+	n.store.diskLow.Store(true)
+	if _, err := n.store.put(c.ctx(), "k", []byte("w")); !errors.Is(err, errDiskLow) {
+		t.Fatalf("put on a full disk: %v", err)
+	}
+	n.mustGet("k", "v")
+	n.store.diskLow.Store(false)
+	n.mustPut("k", "w")
+}
+
+func TestDeleteAnswersWhatWasThere(t *testing.T) {
+	c := newCluster(t, 1, nil)
+	n := c.leader()
+	n.mustPut("k", "v")
+	r, err := n.store.delete(c.ctx(), "k")
+	if err != nil || !r.Existed || r.Revision != 2 {
+		t.Fatalf("delete: %+v %v", r, err)
+	}
+	r, err = n.store.delete(c.ctx(), "k")
+	if err != nil || r.Existed || r.Revision != 2 {
+		t.Fatalf("delete of an absent key: %+v %v", r, err)
+	}
+}
+
+// A handler that gives up before raft has its command may promise that it
+// never happens, and then it must not.
+func TestAbandonedBeforeProposalNeverHappens(t *testing.T) {
+	c := newCluster(t, 3, nil)
+	n := c.follower()
+	c.isolate(n.id, true)
+	c.wait("the member to notice", func() bool { return n.store.leader() == 0 })
+	ctx, cancel := context.WithCancel(c.ctx())
+	done := make(chan error, 1)
+	go func() {
+		_, err := n.store.put(ctx, "k", []byte("v"))
+		done <- err
+	}()
+	cancel()
+	if err := <-done; !errors.Is(err, errNoLeader) {
+		t.Fatalf("abandoned: %v", err)
+	}
+	c.isolate(n.id, false)
+	c.check()
+	if _, _, err := n.store.get(c.ctx(), "k", readOptions{}); !errors.Is(err, errKeyNotFound) {
+		t.Fatalf("it happened all the same: %v", err)
+	}
+}
+
+func TestInflightBoundsTheReplayWindow(t *testing.T) {
+	var f inflight
+	woken := 0
+	f.init(func() { woken++ })
+	for seq := uint64(1); seq <= maxBatchesInFlight; seq++ {
+		if !f.room(seq) {
+			t.Fatalf("no room for batch %d", seq)
+		}
+		f.add(&batch{seq: seq})
+	}
+	if f.room(maxBatchesInFlight + 1) {
+		t.Fatal("room beyond the bound")
+	}
+	for seq := uint64(2); seq <= maxBatchesInFlight; seq++ {
+		f.take(seq)
+	}
+	if woken != 1 {
+		t.Fatalf("woken %d times, want once", woken)
+	}
+	// Batch 1 is still open: it must remain proposable.
+	if !f.room(kv.ReplayWindow / 2) {
+		t.Fatal("no room inside the window")
+	}
+	if f.room(kv.ReplayWindow/2 + 1) {
+		t.Fatal("room for a batch that would push the oldest open one out of the window")
+	}
+	if f.take(1) == nil || f.take(1) != nil {
+		t.Fatal("take must give a batch exactly once")
+	}
+}
