@@ -27,6 +27,7 @@ type Config struct {
 	Port            int    // client port
 	ListenClient    string // host:port; empty: every interface, Port
 	ListenPeer      string // host:port; empty: that of this node's peer URL
+	ListenDebug     string // host:port of net/http/pprof; empty: off
 	AdvertiseClient string // URL shown in /v1/members; empty: none is shown
 	DataDir         string // empty: pontoon-<id>
 
@@ -148,6 +149,7 @@ func parseConfig(args []string, getenv func(string) string, out io.Writer) (Conf
 	fs.IntVar(&c.Port, "port", c.Port, "client port")
 	fs.StringVar(&c.ListenClient, "listen-client", "", "`host:port` to serve clients on (default every interface, --port)")
 	fs.StringVar(&c.ListenPeer, "listen-peer", "", "`host:port` to serve peers on (default that of this node's URL in --cluster)")
+	fs.StringVar(&c.ListenDebug, "listen-debug", "", "`host:port` to serve Go's profiles on, for whoever may see everything (default off)")
 	fs.StringVar(&c.AdvertiseClient, "advertise-client", "", "client `URL` to show in /v1/members")
 	fs.StringVar(&c.DataDir, "data-dir", "", "`directory` of the log and snapshots (default pontoon-<id>)")
 	fs.DurationVar(&c.TickInterval, "heartbeat", c.TickInterval, "time between a leader's heartbeats")
@@ -237,7 +239,10 @@ func (c *Config) complete() error {
 		}
 		c.ListenPeer = u.Host
 	}
-	for name, addr := range map[string]string{"--listen-client": c.ListenClient, "--listen-peer": c.ListenPeer} {
+	for name, addr := range map[string]string{"--listen-client": c.ListenClient, "--listen-peer": c.ListenPeer, "--listen-debug": c.ListenDebug} {
+		if name == "--listen-debug" && addr == "" {
+			continue
+		}
 		if _, _, err := net.SplitHostPort(addr); err != nil {
 			return fail("%s %q is not host:port", name, addr)
 		}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/http/pprof"
 	"net/url"
 	"strconv"
 	"strings"
@@ -29,7 +30,7 @@ type server struct {
 	store *kvstore
 	tr    *rafthttp.Transport
 
-	clientListener, peerListener net.Listener
+	clientListener, peerListener, debugListener net.Listener
 	client, peer                 *http.Server
 }
 
@@ -47,6 +48,11 @@ func newServer(ctx context.Context, cfg Config, log *zap.Logger) (_ *server, err
 	}
 	if s.peerListener, err = listenPeer(cfg.ListenPeer); err != nil {
 		return nil, err
+	}
+	if cfg.ListenDebug != "" {
+		if s.debugListener, err = net.Listen("tcp", cfg.ListenDebug); err != nil {
+			return nil, fmt.Errorf("debug address %s cannot be used: %w", cfg.ListenDebug, unwrapOp(err))
+		}
 	}
 	if s.disk, err = openDataDir(cfg.DataDir, cfg.ID, cfg.KeepSnapshots, log); err != nil {
 		return nil, err
@@ -219,7 +225,7 @@ func unwrapOp(err error) error {
 func (s *server) run(ctx context.Context) error {
 	loop := make(chan error, 1)
 	applied := make(chan struct{})
-	serving := make(chan error, 2)
+	serving := make(chan error, 3)
 	watch, stopWatch := context.WithCancel(context.Background())
 	defer stopWatch()
 	// goroutine: raft-loop
@@ -232,6 +238,10 @@ func (s *server) run(ctx context.Context) error {
 	go func() { serving <- s.peer.Serve(s.peerListener) }()
 	// goroutine: client-server
 	go func() { serving <- s.client.Serve(s.clientListener) }()
+	if s.debugListener != nil {
+		// goroutine: debug-server
+		go func() { serving <- http.Serve(s.debugListener, debugHandler()) }()
+	}
 	s.greet()
 
 	err := s.wait(ctx, loop, serving)
@@ -288,6 +298,9 @@ func (s *server) drain() {
 func (s *server) close() error {
 	s.tr.Stop()
 	err := errors.Join(s.client.Close(), s.peer.Close())
+	if s.debugListener != nil {
+		err = errors.Join(err, s.debugListener.Close())
+	}
 	if cerr := s.disk.close(); cerr != nil {
 		err = errors.Join(err, fmt.Errorf("%w: close log: %w", errDurability, cerr))
 	}
@@ -299,7 +312,7 @@ func (s *server) closeEarly() error {
 	if s.tr != nil {
 		s.tr.Stop()
 	}
-	for _, l := range []net.Listener{s.clientListener, s.peerListener} {
+	for _, l := range []net.Listener{s.clientListener, s.peerListener, s.debugListener} {
 		if l != nil {
 			_ = l.Close() // nothing was served on it
 		}
@@ -308,6 +321,17 @@ func (s *server) closeEarly() error {
 		return s.disk.close()
 	}
 	return nil
+}
+
+// debugHandler serves profiles, on a port of its own: they show everything and
+// cost time, so neither clients nor peers get them.
+func debugHandler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("/debug/pprof/", pprof.Index)
+	mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
+	mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
+	mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
+	return mux
 }
 
 // greet is the one line that says who this is and what to do next.
