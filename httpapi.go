@@ -1,3 +1,8 @@
+// The client port: routes, then the calls, then options, bodies and answers.
+//
+// long: one file is one reading of the client contract; the error table, the
+// metrics and the listener are apart.
+
 package main
 
 import (

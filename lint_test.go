@@ -52,6 +52,7 @@ var lintEdges = []struct {
 	{".", "google.golang.org/protobuf/proto", false, "raft's messages are protobuf"},
 	{".", "go.uber.org/zap", false, "the logger that raft, rafthttp and wal log to"},
 	{".", "github.com/prometheus/client_golang", false, "/metrics, where rafthttp and wal register theirs"},
+	{".", "github.com/coreos/go-semver", false, "checks a peer's version header as rafthttp will, which panics on a bad one"},
 	{".", "pontoon/client", true, "tests talk to a node as its users do"},
 	{".", "github.com/anishathalye/porcupine", true, "checks histories for linearizability"},
 	{".", "pgregory.net/rapid", true, "random histories that shrink"},
@@ -479,8 +480,8 @@ func lintGoroutines(p *lintPackage, architecture string, report lintReport) {
 	}
 }
 
-// lintStarts tells whether a node starts a goroutine: a go statement, or what
-// does the same behind a call, as WaitGroup.Go and time.AfterFunc do.
+// lintStarts tells whether a node starts a goroutine: a go statement, or a call
+// of time.AfterFunc or of a method Go, as WaitGroup has one.
 func lintStarts(n ast.Node) bool {
 	if _, ok := n.(*ast.GoStmt); ok {
 		return true
@@ -490,7 +491,11 @@ func lintStarts(n ast.Node) bool {
 		return false
 	}
 	sel, ok := call.Fun.(*ast.SelectorExpr)
-	return ok && (sel.Sel.Name == "Go" && len(call.Args) == 1 || sel.Sel.Name == "AfterFunc" && len(call.Args) == 2)
+	if !ok {
+		return false
+	}
+	x, ok := sel.X.(*ast.Ident)
+	return sel.Sel.Name == "Go" && len(call.Args) == 1 || sel.Sel.Name == "AfterFunc" && ok && x.Name == "time"
 }
 
 // TestLintCatches shows each rule a file that breaks it, and the excuse or the
@@ -571,6 +576,7 @@ func TestLintCatches(t *testing.T) {
 		{"goroutines", "raft.go", "package main\nfunc f() {\n\t// goroutine: sweeper\n\tgo f()\n}", "in no row"},
 		{"goroutines", "raft.go", "package main\nfunc f() {\n\t// goroutine: printer\n\tgo f()\n}", "in no row"},
 		{"goroutines", "raft.go", "package main\nfunc f() {\n\t// goroutine: raftNode.loop, until stop\n\tgo f()\n}", ""},
+		{"goroutines", "main.go", "package main\nfunc f() {\n\tcontext.AfterFunc(ctx, cancel)\n}", ""},
 		{"goroutines", "raft_test.go", "package main\nfunc f() {\n\tgo f()\n}", ""},
 	}
 	caught := map[string]bool{}

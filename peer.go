@@ -189,13 +189,18 @@ func (n *raftNode) peerHandler(next http.Handler) http.Handler {
 				}
 			}
 		}
-		if r.URL.Path == rafthttp.RaftPrefix && r.ContentLength > 2*maxMessageBytes {
-			n.met.refusedMessages.Inc()
-			http.Error(w, "message too large", http.StatusRequestEntityTooLarge)
-			return
-		}
-		if r.URL.Path == rafthttp.RaftPrefix {
-			r.Body = http.MaxBytesReader(w, r.Body, 64<<20) // rafthttp bounds each read, not their sum (H4)
+		// rafthttp bounds each read of a message, not their sum, and a snapshot
+		// not at all (H4).
+		switch r.URL.Path {
+		case rafthttp.RaftPrefix:
+			r.Body = http.MaxBytesReader(w, r.Body, 16*maxMessageBytes)
+		case rafthttp.RaftSnapshotPrefix:
+			free, err := n.snaps.freeBytes()
+			if err != nil || free < n.cfg.DiskReserve {
+				http.Error(w, "no room for a snapshot", http.StatusInsufficientStorage)
+				return
+			}
+			r.Body = http.MaxBytesReader(w, r.Body, free-n.cfg.DiskReserve)
 		}
 		next.ServeHTTP(w, r)
 	})
@@ -204,7 +209,7 @@ func (n *raftNode) peerHandler(next http.Handler) http.Handler {
 // fetchCluster asks the peers of --cluster for the member table until one
 // answers that lists this node, or ctx ends.
 func fetchCluster(ctx context.Context, cfg Config, log *zap.Logger) (*membership, error) {
-	client := &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	client := peerClient()
 	var last error
 	said := ""
 	for {
@@ -236,6 +241,10 @@ func fetchCluster(ctx context.Context, cfg Config, log *zap.Logger) (*membership
 		case <-time.After(250 * time.Millisecond):
 		}
 	}
+}
+
+func peerClient() *http.Client {
+	return &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
 }
 
 func mayJoin(m *membership, cfg Config, peer string) error {

@@ -60,7 +60,6 @@ type raftNode struct {
 	commitC     chan *commit         // full: the loop waits, back-pressure
 	snapDoneC   chan snapDone        // unbuffered: the snapshot writer waits
 	snapReqC    chan struct{}        // capacity 1: a snapshot is wanted; more requests add nothing
-	removedC    chan error           // capacity 1: the transport says that this member is gone
 	stopC       chan struct{}        // closed by stop
 	doneC       chan struct{}        // closed when serveChannels has returned
 	mail        mailbox              // closures to run on the loop
@@ -163,6 +162,7 @@ type snapshotSource interface {
 	snapshotHeader(index uint64) (snapHeader, error)
 	verifySnapshot(index uint64) (snapHeader, error)
 	discardSnapshot(index uint64) error
+	freeBytes() (int64, error)
 	oldestKept(newest uint64) (uint64, error)
 }
 
@@ -197,7 +197,6 @@ func newRaftNode(cfg Config, boot uint64, r *recovered, store logStore, snaps sn
 		commitC:     make(chan *commit, commitQueue),
 		snapDoneC:   make(chan snapDone),
 		snapReqC:    make(chan struct{}, 1),
-		removedC:    make(chan error, 1),
 		stopC:       make(chan struct{}),
 		doneC:       make(chan struct{}),
 		lastSeen:    map[uint64]uint64{},
@@ -239,7 +238,7 @@ func newRaftNode(cfg Config, boot uint64, r *recovered, store logStore, snaps sn
 		MaxCommittedSizePerReady:  16 * maxMessageBytes,
 		MaxUncommittedEntriesSize: maxUncommitted,
 		MaxInflightMsgs:           maxInflightAppends,
-		MaxInflightBytes:          maxInflightAppends * maxMessageBytes,
+		MaxInflightBytes:          16 * maxMessageBytes,
 		CheckQuorum:               true,
 		PreVote:                   true,
 		StepDownOnRemoval:         true,
@@ -299,8 +298,6 @@ func (n *raftNode) serveChannels() (err error) {
 				if err := n.snapshotDone(d); err != nil {
 					return err
 				}
-			case err := <-n.removedC:
-				n.removed = err
 			case <-n.stopC:
 				return nil
 			}

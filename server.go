@@ -31,7 +31,7 @@ type server struct {
 	tr    *rafthttp.Transport
 
 	clientListener, peerListener, debugListener net.Listener
-	client, peer                 *http.Server
+	client, peer                                *http.Server
 }
 
 // newServer opens the ports and the data directory and brings the member's
@@ -249,6 +249,7 @@ func (s *server) run(ctx context.Context) error {
 		s.drain()
 	}
 	if errors.Is(err, errRemoved) {
+		s.finishClients()
 		s.log.Warn("this member was removed from the cluster and shuts down", zap.Error(err))
 		err = errors.Join(err, s.disk.markRemoved(fmt.Sprintf("member %d was removed from cluster %016x; its id never comes back. To use this machine again, empty the data directory and add a member with a new id",
 			s.cfg.ID, uint64(s.tr.ClusterID))))
@@ -272,11 +273,31 @@ func (s *server) wait(ctx context.Context, loop, serving <-chan error) error {
 			return err
 		case err := <-serving:
 			return fmt.Errorf("serve: %w", err)
-		case err := <-s.tr.ErrorC:
-			// A peer answered 410: it has applied our removal (H3).
-			s.node.removedC <- fmt.Errorf("%w: %v", errRemoved, err)
+		case <-s.tr.ErrorC:
+			// A peer answered that we are removed (H3). What ends a member
+			// for good deserves a second look at a member table.
+			if err := s.confirmRemoval(ctx); err != nil {
+				return err
+			}
 		}
 	}
+}
+
+// confirmRemoval asks the peers for their table and returns errRemoved if one
+// of this cluster lists this member as removed.
+func (s *server) confirmRemoval(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	for _, m := range s.node.members.Load().Members {
+		if m.ID == s.cfg.ID {
+			continue
+		}
+		table, err := askPeer(ctx, peerClient(), m.PeerURLs[0])
+		if err == nil && table.ClusterID == uint64(s.tr.ClusterID) && table.isRemoved(s.cfg.ID) {
+			return fmt.Errorf("%w: member %d was removed, says %s", errRemoved, s.cfg.ID, m.PeerURLs[0])
+		}
+	}
+	return nil
 }
 
 // drain ends service so that clients notice as little as possible: leadership
@@ -287,7 +308,12 @@ func (s *server) drain() {
 	ctx, cancel := context.WithTimeout(context.Background(), 500*time.Millisecond)
 	s.store.handOver(ctx)
 	cancel()
-	ctx, cancel = context.WithTimeout(context.Background(), 300*time.Millisecond)
+	s.finishClients()
+}
+
+// finishClients lets in no more requests and gives those under way a moment.
+func (s *server) finishClients() {
+	ctx, cancel := context.WithTimeout(context.Background(), 300*time.Millisecond)
 	defer cancel()
 	if err := s.client.Shutdown(ctx); err != nil {
 		s.log.Debug("client connections cut", zap.Error(err))
