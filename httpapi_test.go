@@ -1,6 +1,6 @@
 // The client contract, row by row, then what a table cannot say.
 //
-// long: two fifths of it are the rows of the contract, which are read as one table.
+// long: the fake node and the raw client at its top serve every test below.
 
 package main
 

@@ -304,6 +304,14 @@ func (s *kvstore) applyEntry(e *raftpb.Entry, confs []confResult) error {
 	if err := kv.DecodeBatch(e.GetData(), &s.batch); err != nil {
 		return fmt.Errorf("%w: log entry %d: %w", errDurability, index, err)
 	}
+	if s.table != nil && s.table.isRemoved(s.batch.Node) {
+		// Its replay window is gone (ForgetNode), so a batch that it proposed
+		// twice could apply twice. Nobody waits for it any more.
+		s.mu.Lock()
+		s.mu.state.SetApplied(index)
+		s.mu.Unlock()
+		return nil
+	}
 	s.mu.Lock()
 	s.results = s.mu.state.Apply(index, &s.batch, s.results[:0])
 	s.mu.Unlock()
