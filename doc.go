@@ -6,10 +6,12 @@
 //	raft.go      the one goroutine that owns raft: collect, propose, ready, advance
 //	storage.go   the log and the snapshots on disk, and the order in which they are written
 //	kvstore.go   a write: propose and wait; and the goroutine that applies what was committed
+//	propose.go   the loop's side of a write: batches, and what happens when leadership moves
 //	read.go      a linearizable read
-//	member.go    the rules of membership, as plain functions of a table
+//	snapshot.go  how a snapshot is written, recorded, sent and installed
+//	member.go    the rules of membership, as plain functions of a table; reconfigure.go carries them out
 //	peer.go      the peer port: what is refused, how a joiner learns the cluster
-//	httpapi.go   routes; httperror.go: errors → status; httpmetrics.go; listener.go: what a slow client may cost
+//	httpapi.go   the calls; http*.go: options, bodies, errors → status, metrics; listener.go: what a slow client may cost
 //	server.go    the parts of a member, how they start and stop
 //	status.go    /v1/status, /readyz; metrics.go: /metrics
 //	config.go    flags and every limit; main.go: exit codes

@@ -126,7 +126,7 @@ func (m *membership) nextID() uint64 {
 // apply returns the table after c, or why c is refused. It is the only rule
 // for membership: proposers ask it first, and every member asks it again when
 // the change is committed, because the table may have moved in between. raft
-// panics on an invalid change (PITFALLS R5), so a refused one never reaches it.
+// panics on an invalid change, so a refused one never reaches it.
 func (m *membership) apply(c memberChange) (*membership, error) {
 	if c.Version != memberChangeVersion {
 		return nil, fmt.Errorf("%w: membership change of version %d; upgrade this member", errUnsupported, c.Version)

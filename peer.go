@@ -40,7 +40,7 @@ var fromPeers = map[raftpb.MessageType]bool{
 	raftpb.MsgTimeoutNow: true, raftpb.MsgReadIndex: true, raftpb.MsgReadIndexResp: true, raftpb.MsgPreVote: true, raftpb.MsgPreVoteResp: true,
 }
 
-// validateMessage refuses what no member sends (PITFALLS R9): raft takes its
+// validateMessage refuses what no member sends: raft takes its
 // peers at their word and panics. Step has the checks that need raft's state.
 func (n *raftNode) validateMessage(m *raftpb.Message) error {
 	from := m.GetFrom()
@@ -133,8 +133,8 @@ func validateAppend(m *raftpb.Message) error {
 }
 
 // validateSnapshot checks the file that came with the message, before raft
-// hears of it (H4). A damaged file is deleted, since SaveDBFrom would keep it
-// for ever (S2); the leader sends another.
+// hears of it. A damaged file is deleted, since SaveDBFrom would keep it
+// for ever; the leader sends another.
 func (n *raftNode) validateSnapshot(m *raftpb.Message) error {
 	meta := m.GetSnapshot().GetMetadata()
 	index := meta.GetIndex()
@@ -177,10 +177,10 @@ func (n *raftNode) peerHandler(next http.Handler) http.Handler {
 			}
 			return
 		}
-		// With this header any caller could make us send to any address (H7).
+		// With this header any caller could make us send to any address.
 		// Members are known from the table instead.
 		r.Header.Del("X-PeerURLs")
-		for _, h := range []string{"X-Server-Version", "X-Min-Cluster-Version"} { // rafthttp panics over these (H2)
+		for _, h := range []string{"X-Server-Version", "X-Min-Cluster-Version"} { // rafthttp panics over these
 			if v := r.Header.Get(h); v != "" {
 				if _, err := semver.NewVersion(v); err != nil {
 					n.met.refusedMessages.Inc()
@@ -190,7 +190,7 @@ func (n *raftNode) peerHandler(next http.Handler) http.Handler {
 			}
 		}
 		// rafthttp bounds each read of a message, not their sum, and a snapshot
-		// not at all (H4).
+		// not at all.
 		switch r.URL.Path {
 		case rafthttp.RaftPrefix:
 			r.Body = http.MaxBytesReader(w, r.Body, 16*maxMessageBytes)
@@ -292,10 +292,17 @@ func (l raftLogger) Warning(v ...any)                 { l.Sugar().Debug(v...) }
 func (l raftLogger) Warningf(format string, v ...any) { l.Sugar().Debugf(format, v...) }
 func (l raftLogger) Error(v ...any)                   { l.Sugar().Error(v...) }
 func (l raftLogger) Errorf(format string, v ...any)   { l.Sugar().Errorf(format, v...) }
-func (l raftLogger) Fatal(v ...any)                   { l.Sugar().Panic(v...) }
-func (l raftLogger) Fatalf(format string, v ...any)   { l.Sugar().Panicf(format, v...) }
-func (l raftLogger) Panic(v ...any)                   { l.Sugar().Panic(v...) }
-func (l raftLogger) Panicf(format string, v ...any)   { l.Sugar().Panicf(format, v...) }
+func (l raftLogger) Fatal(v ...any)                   { l.broken(fmt.Sprint(v...)) }
+func (l raftLogger) Fatalf(format string, v ...any)   { l.broken(fmt.Sprintf(format, v...)) }
+func (l raftLogger) Panic(v ...any)                   { l.broken(fmt.Sprint(v...)) }
+func (l raftLogger) Panicf(format string, v ...any)   { l.broken(fmt.Sprintf(format, v...)) }
+
+// broken ends the process: raft found an invariant violated, and whatever it
+// did next would spread that.
+func (l raftLogger) broken(what string) {
+	// panic: raft's logger has no other way to stop raft.
+	l.Logger.Panic("raft: " + what)
+}
 
 var _ transport = (*rafthttp.Transport)(nil)
 var _ rafthttp.Raft = (*raftNode)(nil)

@@ -4,9 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"slices"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -14,9 +12,7 @@ import (
 	"go.etcd.io/etcd/server/v3/etcdserver/api/snap"
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
-	"go.etcd.io/raft/v3/tracker"
 	"go.uber.org/zap"
-	"google.golang.org/protobuf/proto"
 
 	"pontoon/internal/wait"
 	"pontoon/kv"
@@ -99,92 +95,12 @@ type soft struct {
 	state      raft.StateType
 }
 
-// proposal is one command on its way from a handler to raft and back.
-//
-// state decides what a handler that gives up may say. Only the loop moves
-// queued → proposed, only the handler moves anything → abandoned; whichever
-// swap comes first wins, so "queued" at the handler's swap proves that the
-// command never reached raft and never will.
-type proposal struct {
-	command []byte
-	since   uint64 // tick of arrival
-	state   atomic.Int32
-	result  kv.Result
-	err     error
-	done    chan struct{} // capacity 1, one send a use
-}
-
-const (
-	queued int32 = iota
-	proposed
-	abandoned
-)
-
-func (p *proposal) finish(r kv.Result, err error) {
-	p.result, p.err = r, err
-	p.done <- struct{}{}
-}
-
-// confProposal is one membership change on its way. raft may drop it without a
-// word (R5), so the loop proposes it again until ctx ends; applying it twice
-// changes nothing.
-type confProposal struct {
-	ctx    context.Context
-	change memberChange
-	tried  uint64     // tick of the last attempt, 0: none
-	done   chan error // capacity 1
-}
-
 // commit is what the loop publishes, in log order: first a snapshot to load,
 // if any, then entries.
 type commit struct {
 	snapshot *snapHeader
 	entries  []*raftpb.Entry
 	confs    []confResult // for the membership entries among entries
-}
-
-type confResult struct {
-	index   uint64
-	change  memberChange
-	members *membership // after it
-	err     error       // refused: nothing changed
-}
-
-type snapDone struct {
-	header snapHeader
-	err    error
-	purge  chan uint64 // the oldest snapshot to keep, 0: all
-}
-
-// snapshotSource opens snapshot files to send and tells which survive a purge.
-type snapshotSource interface {
-	openSnapshot(index uint64) (snapFile, error)
-	snapshotHeader(index uint64) (snapHeader, error)
-	verifySnapshot(index uint64) (snapHeader, error)
-	discardSnapshot(index uint64) error
-	freeBytes() (int64, error)
-	oldestKept(newest uint64) (uint64, error)
-}
-
-// raftStorage is raft's view of the log. Its snapshot is the newest file, not
-// a copy of the state: MemoryStorage deep-copies what it holds, on the raft
-// goroutine (R8).
-type raftStorage struct {
-	*raft.MemoryStorage
-	members func() *membership
-	request func()
-}
-
-// Snapshot offers the newest file if a follower could use it. A file older than
-// the newest membership change would be refused by a member it does not list
-// (etcd#12473), so another one is asked for; raft tries again at the next heartbeat.
-func (s *raftStorage) Snapshot() (*raftpb.Snapshot, error) {
-	sn, err := s.MemoryStorage.Snapshot()
-	if err == nil && sn.GetMetadata().GetIndex() > 0 && sameConf(sn.GetMetadata().GetConfState(), s.members().confState()) {
-		return sn, nil
-	}
-	s.request()
-	return nil, raft.ErrSnapshotTemporarilyUnavailable
 }
 
 // newRaftNode prepares raft from what the disk says. Nothing runs yet.
@@ -249,12 +165,6 @@ func newRaftNode(cfg Config, boot uint64, r *recovered, store logStore, snaps sn
 	}
 	n.raw = raw
 	return n, nil
-}
-
-func (h *snapHeader) raftSnapshot() *raftpb.Snapshot {
-	return &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{
-		Index: new(h.Index), Term: new(h.Term), ConfState: h.Members.confState(),
-	}}
 }
 
 // serveChannels is the one goroutine that owns raft. It returns nil after
@@ -336,149 +246,6 @@ func (n *raftNode) collect() {
 	}
 }
 
-func (n *raftNode) enqueue(p *proposal) {
-	p.since = n.ticks
-	n.queue = append(n.queue, p)
-}
-
-// mayPropose: raft drops proposals that have nowhere to go. Keep them instead:
-// most gaps in leadership are a few milliseconds.
-func (n *raftNode) mayPropose() bool { return n.now.lead != raft.None && !n.dropped }
-
-// propose packs what waits into log entries, one as a rule. On a follower,
-// raft forwards them to the leader.
-func (n *raftNode) propose() {
-	if !n.mayPropose() {
-		return
-	}
-	for len(n.held) > 0 && n.mayPropose() {
-		m := n.held[0]
-		n.held = n.held[1:]
-		n.step(m)
-	}
-	for len(n.queue) > 0 && n.mayPropose() && n.inflight.room(n.seq+1) {
-		b := n.nextBatch()
-		if b == nil {
-			return
-		}
-		n.inflight.add(b)
-		if err := n.proposeBatch(b); err != nil {
-			n.inflight.take(b.seq)
-			n.requeue(b)
-			n.dropped = true
-		}
-	}
-}
-
-func (n *raftNode) proposeBatch(b *batch) error {
-	b.tried, b.epoch = n.ticks, n.now
-	err := n.raw.Propose(b.data)
-	if err == nil {
-		n.met.batchCommands.Observe(float64(len(b.proposals)))
-	}
-	return err
-}
-
-// nextBatch claims commands from the queue until the batch is full. Commands
-// whose handler has given up are dropped: it has already said so.
-func (n *raftNode) nextBatch() *batch {
-	b := &batch{}
-	var commands [][]byte
-	size, i := 0, 0
-	for ; i < len(n.queue) && len(commands) < maxBatchCommands; i++ {
-		p := n.queue[i]
-		if len(commands) > 0 && size+len(p.command) > maxBatchBytes {
-			break
-		}
-		if p.state.CompareAndSwap(queued, proposed) {
-			commands = append(commands, p.command)
-			b.proposals = append(b.proposals, p)
-			size += len(p.command)
-		}
-	}
-	n.queue = slices.Delete(n.queue, 0, i)
-	if len(commands) == 0 {
-		return nil
-	}
-	n.seq++
-	b.seq = n.seq
-	b.data = kv.AppendBatch(make([]byte, 0, size+64), n.id, n.boot, b.seq, commands...)
-	return b
-}
-
-// requeue puts commands back that raft did not take.
-func (n *raftNode) requeue(b *batch) {
-	var back []*proposal
-	for _, p := range b.proposals {
-		if p.state.CompareAndSwap(proposed, queued) {
-			back = append(back, p)
-		}
-	}
-	n.queue = append(back, n.queue...)
-}
-
-// repropose sends batches again whose fate is open: the leader they went to is
-// gone, or has been silent about them for ten ticks. kv's replay window makes
-// a batch that did survive apply once (see kv.Batch).
-func (n *raftNode) repropose() {
-	if !n.mayPropose() {
-		return
-	}
-	for _, b := range n.inflight.open() {
-		sameLeader := b.epoch.lead == n.now.lead && b.epoch.term == n.now.term
-		if sameLeader && (n.now.lead == n.id || n.ticks-b.tried < 10) {
-			continue
-		}
-		if !b.awaited() {
-			n.inflight.take(b.seq)
-			continue
-		}
-		n.met.reproposed.Inc()
-		if err := n.proposeBatch(b); err != nil {
-			n.dropped = true
-			return
-		}
-	}
-}
-
-// proposeConf proposes the oldest waiting membership change: one at a time (R5).
-func (n *raftNode) proposeConf() {
-	for len(n.confQueue) > 0 && n.confQueue[0].ctx.Err() != nil {
-		n.confQueue = n.confQueue[1:]
-	}
-	if len(n.confQueue) == 0 || !n.mayPropose() {
-		return
-	}
-	c := n.confQueue[0]
-	if c.tried != 0 && n.ticks-c.tried < 5 {
-		return
-	}
-	if _, err := n.members.Load().apply(c.change); err != nil {
-		n.finishConf(c.change, err)
-		return
-	}
-	cc, err := c.change.confChange()
-	if err != nil {
-		n.finishConf(c.change, err)
-		return
-	}
-	c.tried = max(n.ticks, 1)
-	if err := n.raw.ProposeConfChange(cc); err != nil {
-		n.dropped = true
-	}
-}
-
-// finishConf answers the proposer of a membership change, if it is ours.
-func (n *raftNode) finishConf(change memberChange, err error) {
-	for i, c := range n.confQueue {
-		if c.change.Request == change.Request {
-			n.confQueue = slices.Delete(n.confQueue, i, i+1)
-			c.done <- err
-			return
-		}
-	}
-}
-
 // step hands a peer's message to raft. What reaches it has passed
 // validateMessage; the checks here are those that need raft's own state.
 func (n *raftNode) step(m *raftpb.Message) {
@@ -496,7 +263,7 @@ func (n *raftNode) step(m *raftpb.Message) {
 		}
 	case raftpb.MsgHeartbeat:
 		// A leader never commits past what we acknowledged, and that is on
-		// disk. raft panics over such a message (R9); it is hostile or this
+		// disk. raft panics over such a message; it is hostile or this
 		// log lost something.
 		if m.GetCommit() > n.stable && m.GetTerm() >= n.now.term {
 			n.log.Error("ignored a heartbeat that commits more than this log holds",
@@ -516,16 +283,6 @@ func (n *raftNode) step(m *raftpb.Message) {
 	}
 }
 
-// hold parks a forwarded proposal: its proposer would hear nothing (R4). Beyond
-// the bound it is dropped, and proposed again by its node after ten ticks.
-func (n *raftNode) hold(m *raftpb.Message) {
-	if len(n.held) < maxHeldProposals {
-		n.held = append(n.held, m)
-	} else {
-		n.met.droppedMessages.Inc()
-	}
-}
-
 // tick is 100 ms of raft time.
 func (n *raftNode) tick() {
 	n.ticks++
@@ -541,25 +298,6 @@ func (n *raftNode) tick() {
 			delete(n.leaving, id)
 		}
 	}
-}
-
-// expire refuses what has waited one election time-out without a leader. It
-// never reached raft, so the answer is certain.
-func (n *raftNode) expire() {
-	if n.now.lead != raft.None {
-		return
-	}
-	old := func(since uint64) bool { return n.ticks-since > uint64(2*n.cfg.ElectionTicks) }
-	n.queue = slices.DeleteFunc(n.queue, func(p *proposal) bool {
-		if !old(p.since) {
-			return false
-		}
-		if p.state.CompareAndSwap(queued, abandoned) {
-			p.finish(kv.Result{}, errNoLeader)
-		}
-		return true
-	})
-	n.reads.expire(func(b *readBatch) bool { return old(b.since) }, errNoLeader)
 }
 
 // ready carries out what raft decided, in the order that durability asks for.
@@ -649,7 +387,7 @@ func (n *raftNode) send(ms []*raftpb.Message) {
 }
 
 // splitCommitted separates entries that this disk holds from those that rd
-// only brings: without asynchronous storage raft hands out both (R11).
+// only brings: without asynchronous storage raft hands out both.
 func (n *raftNode) splitCommitted(ents []*raftpb.Entry) (onDisk, fresh []*raftpb.Entry) {
 	i := len(ents)
 	for i > 0 && ents[i-1].GetIndex() > n.stable {
@@ -659,7 +397,7 @@ func (n *raftNode) splitCommitted(ents []*raftpb.Entry) (onDisk, fresh []*raftpb
 }
 
 // persist makes rd durable: snapshot record, then entries and hard state, one
-// sync (W6), then the same in memory.
+// sync, then the same in memory.
 func (n *raftNode) persist(rd raft.Ready) error {
 	installed := !raft.IsEmptySnap(rd.Snapshot)
 	if installed {
@@ -694,27 +432,6 @@ func (n *raftNode) persist(rd raft.Ready) error {
 	return nil
 }
 
-// install takes over a snapshot that a leader sent: its file was verified when
-// it arrived. The store loads the very same file.
-func (n *raftNode) install(s *raftpb.Snapshot) error {
-	h, err := n.snaps.snapshotHeader(s.GetMetadata().GetIndex())
-	if err != nil {
-		return fmt.Errorf("%w: install snapshot: %w", errDurability, err)
-	}
-	if err := n.mem.ApplySnapshot(s); err != nil && !errors.Is(err, raft.ErrSnapOutOfDate) {
-		return fmt.Errorf("install snapshot: %w", err)
-	}
-	n.stable = h.Index
-	n.committedTerm = h.Term
-	n.progress.last.Store(h.Index)
-	n.progress.snapshot.Store(h.Index)
-	n.setMembers(h.Members)
-	n.connectPeers()
-	n.deliver(&commit{snapshot: &h})
-	n.log.Info("took over a snapshot", zap.Uint64("index", h.Index))
-	return nil
-}
-
 // publish hands committed entries to the apply loop. Membership changes take
 // effect here, on the goroutine that owns raft.
 func (n *raftNode) publish(ents []*raftpb.Entry) {
@@ -740,217 +457,6 @@ func (n *raftNode) deliver(c *commit) {
 	case n.commitC <- c:
 	case <-n.stopC:
 	}
-}
-
-// applyConf carries out a committed membership change, or refuses it, on every
-// member alike. raft is told only of what the table accepted.
-func (n *raftNode) applyConf(e *raftpb.Entry) confResult {
-	res := confResult{index: e.GetIndex(), members: n.members.Load()}
-	var cc raftpb.ConfChangeV2
-	if e.GetType() != raftpb.EntryConfChangeV2 {
-		res.err = fmt.Errorf("%w: entry type %v", errUnsupported, e.GetType())
-	} else if err := proto.Unmarshal(e.GetData(), &cc); err != nil {
-		res.err = fmt.Errorf("%w: membership change: %v", errBadRequest, err)
-	} else if res.change, res.err = decodeConfChange(&cc); res.err == nil {
-		var next *membership
-		if next, res.err = n.members.Load().apply(res.change); res.err == nil {
-			n.raw.ApplyConfChange(&cc)
-			res.members = next
-			n.setMembers(next)
-			n.reconnect(res.change)
-			n.log.Info("membership changed", zap.String("change", string(res.change.Op)),
-				zap.Uint64("member", res.change.Member.ID), zap.Strings("url", res.change.Member.PeerURLs))
-		}
-	}
-	if res.change.Node == n.id {
-		n.mail.post(func() { n.finishConf(res.change, res.err) }) // after the apply loop has it queued
-	}
-	return res
-}
-
-func (n *raftNode) setMembers(m *membership) { n.members.Store(m) }
-
-// reconnect follows one membership change with the transport.
-func (n *raftNode) reconnect(c memberChange) {
-	id := c.Member.ID
-	switch {
-	case c.Op == opRemove && id == n.id:
-		// Let what is under way leave first: the others learn of the commit
-		// that removed us from our own message.
-		at := n.ticks + 3
-		n.mail.at(func() bool {
-			if n.ticks < at {
-				return false
-			}
-			n.removed = fmt.Errorf("%w: member %d was removed by a membership change", errRemoved, id)
-			return true
-		})
-	case id == n.id:
-	case c.Op == opAdd:
-		n.tr.AddPeer(types.ID(id), c.Member.PeerURLs)
-	case c.Op == opRemove:
-		n.leaving[id] = n.ticks + 3 // time for the removed member to hear of it
-		delete(n.lastSeen, id)
-	case c.Op == opUpdate && len(c.Member.PeerURLs) > 0:
-		n.tr.UpdatePeer(types.ID(id), c.Member.PeerURLs)
-	}
-}
-
-// connectPeers makes the transport know the whole table: at start and after a
-// snapshot.
-func (n *raftNode) connectPeers() {
-	for _, m := range n.members.Load().Members {
-		if m.ID != n.id {
-			n.tr.AddPeer(types.ID(m.ID), m.PeerURLs) // does nothing for a known peer
-			n.tr.UpdatePeer(types.ID(m.ID), m.PeerURLs)
-		}
-	}
-	for _, id := range n.members.Load().Removed {
-		n.tr.RemovePeer(types.ID(id))
-	}
-}
-
-// sendSnapshot streams the file of a MsgSnap beside the message.
-func (n *raftNode) sendSnapshot(m *raftpb.Message) {
-	to, index := m.GetTo(), m.GetSnapshot().GetMetadata().GetIndex()
-	f, err := n.snaps.openSnapshot(index)
-	if err != nil {
-		n.log.Error("cannot send a snapshot", zap.Uint64("to", to), zap.Uint64("index", index), zap.Error(err))
-		n.ReportSnapshot(to, raft.SnapshotFailure)
-		return
-	}
-	n.log.Info("sending a snapshot", zap.Uint64("to", to), zap.Uint64("index", index), zap.Int64("bytes", f.size))
-	n.sending[to] = index
-	sm := snap.NewMessage(m, f, f.size)
-	n.tr.SendSnapshot(sm)
-	// goroutine: snapshot-sent
-	go func() {
-		ok := false
-		select {
-		case ok = <-sm.CloseNotify():
-		case <-n.doneC:
-		}
-		n.mail.post(func() {
-			delete(n.sending, to)
-			if !ok {
-				n.raw.ReportSnapshot(to, raft.SnapshotFailure)
-			}
-		})
-	}()
-}
-
-func (n *raftNode) requestSnapshot() {
-	select {
-	case n.snapReqC <- struct{}{}:
-	default: // one is wanted already
-	}
-}
-
-// snapshotDone records a finished snapshot file and lets go of the log before it.
-func (n *raftNode) snapshotDone(d snapDone) error {
-	if d.err != nil {
-		return d.err
-	}
-	sn := d.header.raftSnapshot()
-	index := d.header.Index
-	if err := n.store.saveSnapshot(sn.Metadata); err != nil {
-		return err
-	}
-	switch _, err := n.mem.CreateSnapshot(index, sn.Metadata.ConfState, nil); {
-	case errors.Is(err, raft.ErrSnapOutOfDate): // a leader's snapshot overtook it
-	case err != nil:
-		return fmt.Errorf("snapshot %d: %w", index, err)
-	default:
-		n.progress.snapshot.Store(index)
-		if to := n.compactTo(index); to > 0 {
-			if err := n.mem.Compact(to); err != nil && !errors.Is(err, raft.ErrCompacted) {
-				return fmt.Errorf("compact to %d: %w", to, err)
-			}
-		}
-	}
-	oldest, err := n.snaps.oldestKept(index)
-	if err != nil {
-		return fmt.Errorf("%w: list snapshots: %w", errDurability, err)
-	}
-	if oldest > 0 {
-		if err := n.store.release(oldest); err != nil {
-			return err
-		}
-	}
-	d.purge <- oldest
-	return nil
-}
-
-// compactTo is how far the log in memory may be forgotten after a snapshot at
-// index: some is kept for followers that lag a little, and all of it that a
-// follower needs who is receiving a snapshot right now, up to a bound.
-func (n *raftNode) compactTo(index uint64) uint64 {
-	first, err := n.mem.FirstIndex()
-	if err != nil || index < first {
-		return 0
-	}
-	keepFrom := index
-	for _, sent := range n.sending {
-		keepFrom = min(keepFrom, sent)
-	}
-	ents, err := n.mem.Entries(first, index+1, noLimit)
-	if err != nil {
-		return 0
-	}
-	var held int64
-	for _, e := range slices.Backward(ents) {
-		held += int64(len(e.GetData()))
-		if i := e.GetIndex(); held > maxLogBytesHeld || (held > n.cfg.CatchUpBytes && i <= keepFrom) {
-			return i
-		}
-	}
-	return 0
-}
-
-const noLimit = 1<<64 - 1
-
-// promoteLearners lets the leader turn learners that caught up into voters.
-// raft has no such check (R6).
-func (n *raftNode) promoteLearners() {
-	if n.now.state != raft.StateLeader {
-		return
-	}
-	for _, m := range n.members.Load().Members {
-		if !m.Learner || !m.Promote || n.ticks-n.promoting[m.ID] < 10 || !n.caughtUp(m.ID) {
-			continue
-		}
-		n.promoting[m.ID] = n.ticks
-		c := memberChange{Version: memberChangeVersion, Op: opPromote, Member: member{ID: m.ID}}
-		if cc, err := c.confChange(); err != nil {
-			n.log.Error("promote", zap.Error(err))
-		} else if err := n.raw.ProposeConfChange(cc); err != nil {
-			n.log.Debug("promote", zap.Uint64("member", m.ID), zap.Error(err))
-		}
-	}
-}
-
-// caughtUp is the leader's opinion of a follower.
-func (n *raftNode) caughtUp(id uint64) (ok bool) {
-	committed := n.raw.BasicStatus().GetCommit()
-	n.raw.WithProgress(func(p uint64, _ raft.ProgressType, pr tracker.Progress) {
-		if p == id {
-			ok = pr.RecentActive && pr.State == tracker.StateReplicate && pr.Match+promoteLag >= committed
-		}
-	})
-	return ok
-}
-
-// alive says whether a member was heard of lately. Only the leader hears from
-// everybody; a follower asks its connections.
-func (n *raftNode) alive(id uint64) bool {
-	if id == n.id {
-		return true
-	}
-	if n.now.state == raft.StateLeader {
-		seen, ok := n.lastSeen[id]
-		return ok && n.ticks-seen <= uint64(2*n.cfg.ElectionTicks)
-	}
-	return !n.tr.ActiveSince(types.ID(id)).IsZero()
 }
 
 // refuseAll answers everyone who still waits when the loop ends.
@@ -1034,95 +540,3 @@ func (n *raftNode) warn(op string, err error) {
 // leaderChange returns a channel that is closed when leadership or the term
 // next changes.
 func (n *raftNode) leaderChange() <-chan struct{} { return n.changed.wait() }
-
-// nextRequest draws a number that names one membership change of this node.
-func (n *raftNode) nextRequest() uint64 { return rand.Uint64() | 1 }
-
-// successor is the member that this leader would hand over to: the voter that
-// is alive and furthest along. None if there is none or if we do not lead.
-func (n *raftNode) successor() uint64 {
-	if n.now.state != raft.StateLeader {
-		return raft.None
-	}
-	best, match := raft.None, uint64(0)
-	n.raw.WithProgress(func(id uint64, typ raft.ProgressType, pr tracker.Progress) {
-		if id != n.id && typ == raft.ProgressTypePeer && n.alive(id) && n.peerActive(id) && (best == raft.None || pr.Match > match) {
-			best, match = id, pr.Match
-		}
-	})
-	return best
-}
-
-// broadcast wakes everybody who waits for something to change.
-type broadcast struct {
-	mu struct {
-		sync.Mutex
-		c chan struct{}
-	}
-}
-
-func (b *broadcast) wait() <-chan struct{} {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.mu.c == nil {
-		b.mu.c = make(chan struct{})
-	}
-	return b.mu.c
-}
-
-func (b *broadcast) notify() {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.mu.c != nil {
-		close(b.mu.c)
-		b.mu.c = nil
-	}
-}
-
-// mailbox holds closures for the loop. It is unbounded in principle and small
-// in practice: each entry is a report about one peer or one caller that waits.
-type mailbox struct {
-	wake chan struct{} // capacity 1
-	mu   struct {
-		sync.Mutex
-		box []func()
-	}
-}
-
-func (b *mailbox) post(f func()) {
-	b.mu.Lock()
-	b.mu.box = append(b.mu.box, f)
-	b.mu.Unlock()
-	b.nudge()
-}
-
-// nudge makes the loop turn once.
-func (b *mailbox) nudge() {
-	select {
-	case b.wake <- struct{}{}:
-	default: // it will turn anyway
-	}
-}
-
-// at posts f again and again until it says that it is done.
-func (b *mailbox) at(f func() bool) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	var again func()
-	again = func() {
-		if !f() {
-			b.mu.Lock()
-			b.mu.box = append(b.mu.box, again) // no wake: the next turn is soon enough
-			b.mu.Unlock()
-		}
-	}
-	b.mu.box = append(b.mu.box, again)
-}
-
-func (b *mailbox) take() []func() {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	box := b.mu.box
-	b.mu.box = nil
-	return box
-}

@@ -279,7 +279,7 @@ func TestIsolatedLeaderServesNoStaleRead(t *testing.T) {
 	old.mustGet("k", "new")
 }
 
-// Reads get lost without a word (R1). They are tried again and end in time.
+// Reads get lost without a word. They are tried again and end in time.
 func TestLostReadIndexIsRetried(t *testing.T) {
 	c := newCluster(t, 3, nil)
 	f := c.follower()
@@ -303,7 +303,7 @@ func TestLostReadIndexIsRetried(t *testing.T) {
 	}
 }
 
-// One voter answers ReadIndex before it has committed in its term (R2): after
+// One voter answers ReadIndex before it has committed in its term: after
 // a crash its commit index may lag behind what it acknowledged.
 func TestSingleVoterGatesReadsOnItsTerm(t *testing.T) {
 	c := newCluster(t, 1, nil)

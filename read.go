@@ -20,7 +20,7 @@ import (
 //	handler → join the open batch → loop: ReadIndex(context) → ReadState(index)
 //	        → applied ≥ index → batch done → every handler reads the state
 //
-// What goes wrong without care (PITFALLS R1–R3): a request is lost without a
+// What goes wrong without care: a request is lost without a
 // word, so each attempt has a deadline in ticks; a context that is used twice
 // can be answered with an older index, so each attempt draws a new one; a
 // leader's commit index is only known to be current after it has committed an
@@ -132,7 +132,7 @@ func (n *raftNode) issueReads() {
 }
 
 // mayRead: nobody leads, or we lead and have not committed in this term yet:
-// then any answer would be late or wrong (R1, R2).
+// then any answer would be late or wrong.
 func (n *raftNode) mayRead() bool {
 	switch {
 	case n.now.lead == raft.None:

@@ -202,7 +202,7 @@ func (s *server) startTransport(clusterID uint64, peers *membership) error {
 }
 
 // listenPeer opens the peer port. Its connections have time-outs on progress,
-// not on whole requests: a snapshot may take long (H5).
+// not on whole requests: a snapshot may take long.
 func listenPeer(addr string) (net.Listener, error) {
 	l, err := rafthttp.NewListener(url.URL{Scheme: "http", Host: addr}, nil)
 	if err != nil {
@@ -274,7 +274,7 @@ func (s *server) wait(ctx context.Context, loop, serving <-chan error) error {
 		case err := <-serving:
 			return fmt.Errorf("serve: %w", err)
 		case <-s.tr.ErrorC:
-			// A peer answered that we are removed (H3). What ends a member
+			// A peer answered that we are removed. What ends a member
 			// for good deserves a second look at a member table.
 			if err := s.confirmRemoval(ctx); err != nil {
 				return err

@@ -27,14 +27,14 @@ import (
 
 // logStore is what the raft loop needs of the disk. Only the raft loop calls
 // it. After any error the store must not be used again: the process ends
-// before anything more is acknowledged (PITFALLS W5).
+// before anything more is acknowledged.
 type logStore interface {
 	// save writes the hard state and the entries and returns once they are
 	// on disk, as raft requires of a vote and of an append. Where only the
 	// commit index moved, nothing waits for the disk, unless sync is set.
 	save(hs *raftpb.HardState, ents []*raftpb.Entry, sync bool) error
 	// saveSnapshot records in the log that a snapshot file is complete. The
-	// file must be on disk before (W6).
+	// file must be on disk before.
 	saveSnapshot(meta *raftpb.SnapshotMetadata) error
 	// release forgets the log that no kept snapshot needs any more.
 	release(snapshotIndex uint64) error
@@ -62,7 +62,7 @@ type diskStore struct {
 	wal  *wal.WAL
 }
 
-// walMetadata heads every log segment: whose log it is (W8).
+// walMetadata heads every log segment: whose log it is.
 type walMetadata struct {
 	Version   int    `json:"v"`
 	ClusterID uint64 `json:"cluster_id,string"`
@@ -164,7 +164,7 @@ func (d *diskStore) nextBoot() (uint64, error) {
 }
 
 // markRemoved makes sure that a removed member never starts again from this
-// directory (R7: a removed id never comes back).
+// directory (a removed id never comes back).
 func (d *diskStore) markRemoved(reason string) error {
 	return writeFileSync(filepath.Join(d.dir, "removed"), reason+"\n")
 }
@@ -419,7 +419,7 @@ func (d *diskStore) verifySnapshot(index uint64) (snapHeader, error) {
 func (d *diskStore) discardSnapshot(index uint64) error { return os.Remove(d.snapPath(index)) }
 
 // writeSnapshot streams state into its file and returns the size: temporary
-// name, sync, rename, sync of the directory (S1). The caller owns state, which
+// name, sync, rename, sync of the directory. The caller owns state, which
 // nobody may be changing.
 func (d *diskStore) writeSnapshot(h snapHeader, state *kv.State) (size int64, err error) {
 	defer func() {
@@ -515,7 +515,7 @@ func (d *diskStore) snapshotFiles() ([]uint64, error) {
 }
 
 // oldestKept is the oldest snapshot that survives a purge once the one at
-// newest is recorded. Files above newest are on their way in and stay (H6).
+// newest is recorded. Files above newest are on their way in and stay.
 func (d *diskStore) oldestKept(newest uint64) (uint64, error) {
 	files, err := d.snapshotFiles()
 	if err != nil {

@@ -95,6 +95,7 @@ func newRecord(h head, key string, value []byte) string {
 func headOf(rec string) head {
 	h, err := parseHead(bytesOf(rec))
 	if err != nil {
+		// panic: memory that this package wrote is broken; no answer would be true.
 		panic("kv: a record in memory is broken: " + err.Error())
 	}
 	return h

@@ -266,8 +266,6 @@ func TestSnapshotEveryFlipAndCut(t *testing.T) {
 // rawBlock is a block as it stands in a file, checksum and all.
 type rawBlock []byte
 
-func (b rawBlock) typ() byte { return b[8] }
-
 func splitBlocks(t testing.TB, file []byte) (preamble []byte, blocks []rawBlock) {
 	t.Helper()
 	preamble, rest := file[:12], file[12:]

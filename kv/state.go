@@ -98,6 +98,7 @@ func NewState() *State {
 // b aliases, alive. Apply panics on a batch that DecodeBatch would refuse.
 func (s *State) Apply(index uint64, b *Batch, results []Result) []Result {
 	if err := b.validate(); err != nil {
+		// panic: DecodeBatch refuses such a batch, so the caller made it up.
 		panic(fmt.Sprintf("kv: Apply at index %d: %v", index, err))
 	}
 	s.applied = index

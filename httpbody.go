@@ -1,0 +1,221 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io"
+	"net/http"
+	"os"
+	"strconv"
+	"time"
+	"unicode/utf8"
+
+	"pontoon/kv"
+)
+
+// Bodies in and out, and the deadlines that keep them moving.
+
+func (a *httpAPI) putBuffer(buf *[]byte) {
+	if cap(*buf) <= maxPooledBuffer {
+		a.buffers.Put(buf)
+	}
+}
+
+func bodyTooLarge(limit int64) error {
+	return &httpRefusal{err: errTooLarge, detail: "the body is larger than " + strconv.FormatInt(limit, 10) + " bytes, the limit"}
+}
+
+// readBody appends the body to buf. It never holds more than limit+1 bytes,
+// and grows with what has arrived, not with what was announced. It ends at the
+// call's deadline, or earlier when nothing arrives for bodyProgress.
+func (c *apiCall) readBody(buf []byte, limit int64) ([]byte, error) {
+	announced := c.r.ContentLength // -1: unknown
+	if announced > limit {
+		return buf, bodyTooLarge(limit)
+	}
+	if announced == 0 {
+		return buf, nil
+	}
+	for {
+		if len(buf) == cap(buf) {
+			buf = growBody(buf, announced, limit)
+		}
+		c.armRead()
+		n, err := c.r.Body.Read(buf[len(buf):min(int64(cap(buf)), limit+1)])
+		buf = buf[:len(buf)+n]
+		switch {
+		case int64(len(buf)) > limit:
+			return buf, bodyTooLarge(limit)
+		case err == io.EOF:
+			c.bodyPending = false
+			// net/http lifts the read deadline where a body ends, so that it
+			// does not cut the wait for raft; a test holds it to that.
+			return buf, nil
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			c.bodyPending = false // nobody waits for the rest
+			return buf, badRequest("the body did not arrive in time; " + strconv.Itoa(len(buf)) + " bytes came")
+		case err != nil:
+			return buf, badRequest("the body is broken: " + err.Error())
+		}
+	}
+}
+
+func growBody(buf []byte, announced, limit int64) []byte {
+	size := min(max(4*int64(cap(buf)), minBodyBuffer), limit+1)
+	if announced >= int64(len(buf)) {
+		size = min(size, announced+1)
+	}
+	grown := make([]byte, len(buf), size)
+	copy(grown, buf)
+	return grown
+}
+
+// armRead keeps a read deadline that moves with the body's progress and never
+// passes the call's. A call with a short time-out arms it only once.
+func (c *apiCall) armRead() {
+	if c.readUntil.Equal(c.deadline) {
+		return
+	}
+	until := time.Now().Add(bodyProgress)
+	if until.After(c.deadline) {
+		until = c.deadline
+	}
+	c.setReadDeadline(until)
+}
+
+func (c *apiCall) setReadDeadline(t time.Time) {
+	c.readUntil = t
+	// Writers without deadlines are those of tests, whose bodies are in memory.
+	_ = http.NewResponseController(c.w).SetReadDeadline(t)
+}
+
+// smallBody reads the body of a cluster call. Its limit is small, so that it
+// needs no slot.
+func (c *apiCall) smallBody(limit int64) ([]byte, error) { return c.readBody(nil, limit) }
+
+// readObject reads a JSON object into fields, which point to uint64, bool or
+// string. encoding/json alone would let pass unknown fields, the same field
+// twice, and any capitals; each of them hides a mistake.
+func (c *apiCall) readObject(fields map[string]any, required string) error {
+	body, err := c.smallBody(maxJSONBytes)
+	if err != nil {
+		return err
+	}
+	bad := func(what string) error { return badRequest("the body " + what) }
+	dec := json.NewDecoder(bytes.NewReader(body))
+	if t, err := dec.Token(); err != nil || t != json.Delim('{') || !utf8.Valid(body) {
+		return bad("is no JSON object")
+	}
+	seen := map[string]bool{}
+	for dec.More() {
+		t, err := dec.Token()
+		name, _ := t.(string)
+		if err != nil {
+			return bad("is no valid JSON: " + err.Error())
+		}
+		field, known := fields[name]
+		if !known {
+			return bad("has an unknown field " + quoteShort(name))
+		}
+		if seen[name] {
+			return bad("has the field " + name + " twice")
+		}
+		seen[name] = true
+		var raw json.RawMessage
+		if err := dec.Decode(&raw); err != nil {
+			return bad("is no valid JSON: " + err.Error())
+		}
+		id, isID := field.(*uint64)
+		if json.Unmarshal(raw, field) != nil || string(raw) == "null" || isID && *id == 0 {
+			return bad("has a field " + name + " of the wrong kind: " + quoteShort(string(raw)))
+		}
+	}
+	if _, err := dec.Token(); err != nil {
+		return bad("is no valid JSON: " + err.Error())
+	}
+	if _, err := dec.Token(); err != io.EOF {
+		return bad("goes on after the JSON object")
+	}
+	if !seen[required] {
+		return bad("lacks the field " + required)
+	}
+	return nil
+}
+
+// writeHeader sends the status, and bounds the wait for what is left of an
+// unread body: net/http reads some of it before it answers.
+func (c *apiCall) writeHeader(status int) {
+	if c.bodyPending {
+		c.setReadDeadline(time.Now().Add(drainTime))
+		if status == http.StatusRequestEntityTooLarge && c.r.ProtoMajor == 1 && c.r.Header["Expect"] == nil {
+			// A client that is still sending when the connection closes sees
+			// a reset instead of the answer. One that sent Expect waits.
+			_, _ = io.CopyN(io.Discard, c.r.Body, maxDrainBytes)
+		}
+	}
+	c.status = status
+	c.w.WriteHeader(status)
+}
+
+// safetyHeaders keep a browser from running what a client has stored.
+func (c *apiCall) safetyHeaders() {
+	h := c.w.Header()
+	h["X-Content-Type-Options"] = headerNosniff
+	h["Content-Security-Policy"] = headerSandbox
+}
+
+func (c *apiCall) writeJSON(status int, v any) error {
+	body, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	c.w.Header()["Content-Type"] = headerJSON
+	c.safetyHeaders()
+	c.writeHeader(status)
+	_, _ = c.w.Write(append(body, '\n')) // an error here means that the client left
+	return nil
+}
+
+// setRevisions sets ETag and Kv-Revision with one string and one slice for both.
+func setRevisions(h http.Header, mod, store int64) {
+	var digits [48]byte
+	b := append(digits[:0], '"')
+	b = strconv.AppendInt(b, mod, 10)
+	b = append(b, '"')
+	n := len(b)
+	b = strconv.AppendInt(b, store, 10)
+	text := string(b)
+	values := []string{text[:n], text[n:]}
+	h["Etag"] = values[0:1:1]
+	h["Kv-Revision"] = values[1:2:2]
+}
+
+// writeEntry answers with the value; net/http leaves it out for HEAD.
+func (c *apiCall) writeEntry(e *kv.Entry, revision int64) {
+	var digits [128]byte
+	b := append(digits[:0], '"')
+	b = strconv.AppendInt(b, e.ModRevision, 10)
+	b = append(b, '"')
+	etag := len(b)
+	b = strconv.AppendInt(b, revision, 10)
+	store := len(b)
+	b = strconv.AppendInt(b, e.CreateRevision, 10)
+	create := len(b)
+	b = strconv.AppendInt(b, e.Version, 10)
+	version := len(b)
+	b = strconv.AppendInt(b, int64(len(e.Value)), 10)
+	text := string(b)
+	values := []string{text[:etag], text[etag:store], text[store:create], text[create:version], text[version:]}
+
+	h := c.w.Header()
+	h["Etag"] = values[0:1:1]
+	h["Kv-Revision"] = values[1:2:2]
+	h["Kv-Create-Revision"] = values[2:3:3]
+	h["Kv-Version"] = values[3:4:4]
+	h["Content-Length"] = values[4:5:5]
+	h["Content-Type"] = headerOctets
+	c.safetyHeaders()
+	c.writeHeader(http.StatusOK)
+	_, _ = c.w.Write(e.Value) // an error here means that the client left
+}

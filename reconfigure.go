@@ -1,0 +1,386 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"time"
+
+	"pontoon/api"
+
+	"go.etcd.io/etcd/client/pkg/v3/types"
+	"go.etcd.io/raft/v3"
+	"go.etcd.io/raft/v3/raftpb"
+	"go.etcd.io/raft/v3/tracker"
+	"go.uber.org/zap"
+	"google.golang.org/protobuf/proto"
+)
+
+// Changing the cluster while it runs: members come, go and move, and leadership
+// is handed over. The rules are in member.go; here is what carries them out.
+
+// confProposal is one membership change on its way. raft may drop it without a
+// word, so the loop proposes it again until ctx ends; applying it twice
+// changes nothing.
+type confProposal struct {
+	ctx    context.Context
+	change memberChange
+	tried  uint64     // tick of the last attempt, 0: none
+	done   chan error // capacity 1
+}
+
+type confResult struct {
+	index   uint64
+	change  memberChange
+	members *membership // after it
+	err     error       // refused: nothing changed
+}
+
+// proposeConf proposes the oldest waiting membership change: one at a time.
+func (n *raftNode) proposeConf() {
+	for len(n.confQueue) > 0 && n.confQueue[0].ctx.Err() != nil {
+		n.confQueue = n.confQueue[1:]
+	}
+	if len(n.confQueue) == 0 || !n.mayPropose() {
+		return
+	}
+	c := n.confQueue[0]
+	if c.tried != 0 && n.ticks-c.tried < 5 {
+		return
+	}
+	if _, err := n.members.Load().apply(c.change); err != nil {
+		n.finishConf(c.change, err)
+		return
+	}
+	cc, err := c.change.confChange()
+	if err != nil {
+		n.finishConf(c.change, err)
+		return
+	}
+	c.tried = max(n.ticks, 1)
+	if err := n.raw.ProposeConfChange(cc); err != nil {
+		n.dropped = true
+	}
+}
+
+// finishConf answers the proposer of a membership change, if it is ours.
+func (n *raftNode) finishConf(change memberChange, err error) {
+	for i, c := range n.confQueue {
+		if c.change.Request == change.Request {
+			n.confQueue = slices.Delete(n.confQueue, i, i+1)
+			c.done <- err
+			return
+		}
+	}
+}
+
+// applyConf carries out a committed membership change, or refuses it, on every
+// member alike. raft is told only of what the table accepted.
+func (n *raftNode) applyConf(e *raftpb.Entry) confResult {
+	res := confResult{index: e.GetIndex(), members: n.members.Load()}
+	var cc raftpb.ConfChangeV2
+	if e.GetType() != raftpb.EntryConfChangeV2 {
+		res.err = fmt.Errorf("%w: entry type %v", errUnsupported, e.GetType())
+	} else if err := proto.Unmarshal(e.GetData(), &cc); err != nil {
+		res.err = fmt.Errorf("%w: membership change: %v", errBadRequest, err)
+	} else if res.change, res.err = decodeConfChange(&cc); res.err == nil {
+		var next *membership
+		if next, res.err = n.members.Load().apply(res.change); res.err == nil {
+			n.raw.ApplyConfChange(&cc)
+			res.members = next
+			n.setMembers(next)
+			n.reconnect(res.change)
+			n.log.Info("membership changed", zap.String("change", string(res.change.Op)),
+				zap.Uint64("member", res.change.Member.ID), zap.Strings("url", res.change.Member.PeerURLs))
+		}
+	}
+	if res.change.Node == n.id {
+		n.mail.post(func() { n.finishConf(res.change, res.err) }) // after the apply loop has it queued
+	}
+	return res
+}
+
+func (n *raftNode) setMembers(m *membership) { n.members.Store(m) }
+
+// reconnect follows one membership change with the transport.
+func (n *raftNode) reconnect(c memberChange) {
+	id := c.Member.ID
+	switch {
+	case c.Op == opRemove && id == n.id:
+		// Let what is under way leave first: the others learn of the commit
+		// that removed us from our own message.
+		at := n.ticks + 3
+		n.mail.at(func() bool {
+			if n.ticks < at {
+				return false
+			}
+			n.removed = fmt.Errorf("%w: member %d was removed by a membership change", errRemoved, id)
+			return true
+		})
+	case id == n.id:
+	case c.Op == opAdd:
+		n.tr.AddPeer(types.ID(id), c.Member.PeerURLs)
+	case c.Op == opRemove:
+		n.leaving[id] = n.ticks + 3 // time for the removed member to hear of it
+		delete(n.lastSeen, id)
+	case c.Op == opUpdate && len(c.Member.PeerURLs) > 0:
+		n.tr.UpdatePeer(types.ID(id), c.Member.PeerURLs)
+	}
+}
+
+// connectPeers makes the transport know the whole table: at start and after a
+// snapshot.
+func (n *raftNode) connectPeers() {
+	for _, m := range n.members.Load().Members {
+		if m.ID != n.id {
+			n.tr.AddPeer(types.ID(m.ID), m.PeerURLs) // does nothing for a known peer
+			n.tr.UpdatePeer(types.ID(m.ID), m.PeerURLs)
+		}
+	}
+	for _, id := range n.members.Load().Removed {
+		n.tr.RemovePeer(types.ID(id))
+	}
+}
+
+// promoteLearners lets the leader turn learners that caught up into voters.
+// raft has no such check.
+func (n *raftNode) promoteLearners() {
+	if n.now.state != raft.StateLeader {
+		return
+	}
+	for _, m := range n.members.Load().Members {
+		if !m.Learner || !m.Promote || n.ticks-n.promoting[m.ID] < 10 || !n.caughtUp(m.ID) {
+			continue
+		}
+		n.promoting[m.ID] = n.ticks
+		c := memberChange{Version: memberChangeVersion, Op: opPromote, Member: member{ID: m.ID}}
+		if cc, err := c.confChange(); err != nil {
+			n.log.Error("promote", zap.Error(err))
+		} else if err := n.raw.ProposeConfChange(cc); err != nil {
+			n.log.Debug("promote", zap.Uint64("member", m.ID), zap.Error(err))
+		}
+	}
+}
+
+// caughtUp is the leader's opinion of a follower.
+func (n *raftNode) caughtUp(id uint64) (ok bool) {
+	committed := n.raw.BasicStatus().GetCommit()
+	n.raw.WithProgress(func(p uint64, _ raft.ProgressType, pr tracker.Progress) {
+		if p == id {
+			ok = pr.RecentActive && pr.State == tracker.StateReplicate && pr.Match+promoteLag >= committed
+		}
+	})
+	return ok
+}
+
+// alive says whether a member was heard of lately. Only the leader hears from
+// everybody; a follower asks its connections.
+func (n *raftNode) alive(id uint64) bool {
+	if id == n.id {
+		return true
+	}
+	if n.now.state == raft.StateLeader {
+		seen, ok := n.lastSeen[id]
+		return ok && n.ticks-seen <= uint64(2*n.cfg.ElectionTicks)
+	}
+	return !n.tr.ActiveSince(types.ID(id)).IsZero()
+}
+
+// successor is the member that this leader would hand over to: the voter that
+// is alive and furthest along. None if there is none or if we do not lead.
+func (n *raftNode) successor() uint64 {
+	if n.now.state != raft.StateLeader {
+		return raft.None
+	}
+	best, match := raft.None, uint64(0)
+	n.raw.WithProgress(func(id uint64, typ raft.ProgressType, pr tracker.Progress) {
+		if id != n.id && typ == raft.ProgressTypePeer && n.alive(id) && n.peerActive(id) && (best == raft.None || pr.Match > match) {
+			best, match = id, pr.Match
+		}
+	})
+	return best
+}
+
+// nextRequest draws a number that names one membership change of this node.
+func (n *raftNode) nextRequest() uint64 { return rand.Uint64() | 1 }
+
+// peerActive says whether a connection to the peer stands.
+func (n *raftNode) peerActive(id uint64) bool { return !n.tr.ActiveSince(types.ID(id)).IsZero() }
+
+// changeMembers proposes a membership change and waits until this member has
+// it. It first makes sure of an up-to-date table, so that a refusal is a fact.
+func (s *kvstore) changeMembers(ctx context.Context, c memberChange, check func(*membership) error) error {
+	if err := s.linearize(ctx); err != nil {
+		return err
+	}
+	if check != nil {
+		if err := check(s.node.members.Load()); err != nil {
+			return err
+		}
+	}
+	c.Version, c.Node, c.Request = memberChangeVersion, s.node.id, s.node.nextRequest()
+	p := &confProposal{ctx: ctx, change: c, done: make(chan error, 1)}
+	select {
+	case s.node.confChangeC <- p:
+	case <-ctx.Done():
+		return errMembershipInProgress
+	case <-s.node.doneC:
+		return errStopping
+	}
+	select {
+	case err := <-p.done:
+		return err
+	case <-ctx.Done():
+		return s.late()
+	case <-s.node.doneC:
+		return errCommitTimeout
+	}
+}
+
+// addMember lets a new member in, as a learner that the leader promotes once it
+// has caught up: a voter without data would only weaken the quorum.
+func (s *kvstore) addMember(ctx context.Context, spec memberSpec) (api.Member, bool, error) {
+	url, err := parseHTTPURL(spec.PeerURL)
+	if err != nil {
+		return api.Member{}, false, fmt.Errorf("%w: peer URL: %v", errBadRequest, err)
+	}
+	m := member{ID: spec.ID, PeerURLs: []string{url}, Learner: true, Promote: !spec.Learner}
+	if m.ID == 0 {
+		if err := s.linearize(ctx); err != nil {
+			return api.Member{}, false, err
+		}
+		m.ID = s.node.members.Load().nextID()
+	}
+	err = s.changeMembers(ctx, memberChange{Op: opAdd, Member: m}, nil)
+	if errors.Is(err, errNoChange) {
+		old, _ := s.node.members.Load().get(m.ID)
+		return s.describe(old), false, nil
+	}
+	return s.describe(m), err == nil, err
+}
+
+// removeMember takes a member out. An absent id is no error: the caller's wish
+// is fulfilled.
+func (s *kvstore) removeMember(ctx context.Context, id uint64, force bool) error {
+	check := func(m *membership) error {
+		if force {
+			return nil
+		}
+		var err error
+		if derr := s.node.do(ctx, func() { err = m.mayRemove(id, s.node.alive) }); derr != nil {
+			return derr
+		}
+		return err
+	}
+	return ignoreNoChange(s.changeMembers(ctx, memberChange{Op: opRemove, Member: member{ID: id}}, check))
+}
+
+// updateMember moves a member to another peer URL.
+func (s *kvstore) updateMember(ctx context.Context, id uint64, peerURL string) error {
+	url, err := parseHTTPURL(peerURL)
+	if err != nil {
+		return fmt.Errorf("%w: peer URL: %v", errBadRequest, err)
+	}
+	return ignoreNoChange(s.changeMembers(ctx, memberChange{Op: opUpdate, Member: member{ID: id, PeerURLs: []string{url}}}, nil))
+}
+
+// promoteMember makes a voter of a learner that has caught up.
+func (s *kvstore) promoteMember(ctx context.Context, id uint64) error {
+	check := func(m *membership) error {
+		x, ok := m.get(id)
+		if !ok || !x.Learner {
+			return nil // apply has the right error
+		}
+		ready := false
+		if err := s.node.do(ctx, func() {
+			// Only the leader knows how far a learner is.
+			ready = s.node.now.state == raft.StateLeader && s.node.caughtUp(id)
+		}); err != nil {
+			return err
+		}
+		if !ready {
+			return fmt.Errorf("%w: member %d, as far as member %d can tell (ask the leader, member %d)", errLearnerBehind, id, s.node.id, s.leader())
+		}
+		return nil
+	}
+	return ignoreNoChange(s.changeMembers(ctx, memberChange{Op: opPromote, Member: member{ID: id}}, check))
+}
+
+func ignoreNoChange(err error) error {
+	if errors.Is(err, errNoChange) {
+		return nil
+	}
+	return err
+}
+
+// transferLeader moves leadership and returns once this member knows the new leader.
+func (s *kvstore) transferLeader(ctx context.Context, to uint64) error {
+	m, ok := s.node.members.Load().get(to)
+	if !ok || m.Learner {
+		return fmt.Errorf("%w: member %d is no voter", errTransferRefused, to)
+	}
+	if err := s.linearize(ctx); err != nil {
+		return err
+	}
+	// raft takes no proposals while it waits for the target, so a target that
+	// does not answer costs everybody an election time-out: ask only once.
+	refused := false
+	if err := s.node.do(ctx, func() {
+		if refused = s.node.now.state == raft.StateLeader && !s.node.alive(to); !refused {
+			s.node.raw.TransferLeader(to)
+		}
+	}); err != nil {
+		return err
+	}
+	if refused {
+		return fmt.Errorf("%w: member %d has not been heard of lately", errTransferRefused, to)
+	}
+	giveUp := time.NewTimer(s.cfg.electionTimeout())
+	defer giveUp.Stop()
+	for {
+		changed := s.node.leaderChange()
+		if s.leader() == to {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-giveUp.C:
+			return errTransferTimeout
+		case <-ctx.Done():
+			return errTransferTimeout
+		case <-s.node.doneC:
+			return errStopping
+		}
+	}
+}
+
+// handOver moves leadership away before this member stops, to the member that
+// is furthest along, and returns once another leads. It tries once: a stop must
+// not hang on a cluster that is going down as a whole.
+func (s *kvstore) handOver(ctx context.Context) {
+	for {
+		changed := s.node.leaderChange()
+		led := false
+		err := s.node.do(ctx, func() {
+			if to := s.node.successor(); to != raft.None {
+				led = true
+				s.node.raw.TransferLeader(to)
+			}
+		})
+		if err != nil || !led {
+			return
+		}
+		select {
+		case <-changed:
+			if l := s.leader(); l != raft.None && l != s.node.id {
+				return
+			}
+		case <-ctx.Done():
+			return
+		case <-s.node.doneC:
+			return
+		}
+	}
+}
