@@ -183,12 +183,12 @@ func TestInflightBoundsTheReplayWindow(t *testing.T) {
 	woken := 0
 	f.init(func() { woken++ })
 	for seq := uint64(1); seq <= maxBatchesInFlight; seq++ {
-		if !f.room(seq) {
+		if !f.room(seq, maxBatchesInFlight) {
 			t.Fatalf("no room for batch %d", seq)
 		}
 		f.add(&batch{seq: seq})
 	}
-	if f.room(maxBatchesInFlight + 1) {
+	if f.room(maxBatchesInFlight+1, maxBatchesInFlight) {
 		t.Fatal("room beyond the bound")
 	}
 	for seq := uint64(2); seq <= maxBatchesInFlight; seq++ {
@@ -198,10 +198,10 @@ func TestInflightBoundsTheReplayWindow(t *testing.T) {
 		t.Fatalf("woken %d times, want once", woken)
 	}
 	// Batch 1 is still open: it must remain proposable.
-	if !f.room(kv.ReplayWindow / 2) {
+	if !f.room(kv.ReplayWindow/2, maxBatchesInFlight) {
 		t.Fatal("no room inside the window")
 	}
-	if f.room(kv.ReplayWindow/2 + 1) {
+	if f.room(kv.ReplayWindow/2+1, maxBatchesInFlight) {
 		t.Fatal("room for a batch that would push the oldest open one out of the window")
 	}
 	if f.take(1) == nil || f.take(1) != nil {

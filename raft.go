@@ -228,8 +228,8 @@ func (n *raftNode) serveChannels() (err error) {
 // busy says that there is work which no channel will announce.
 func (n *raftNode) busy() bool {
 	return n.raw.HasReady() ||
-		n.mayPropose() && (len(n.held) > 0 || len(n.queue) > 0 && n.inflight.room(n.seq+1)) ||
-		n.mayRead() && n.reads.pending()
+		n.mayPropose() && (len(n.held) > 0 || len(n.queue) > 0 && n.mayHaveInFlight()) ||
+		n.mayRead() && n.reads.pending(n.ticks)
 }
 
 // collect takes everything that waits now, and not what arrives meanwhile, so

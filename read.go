@@ -45,8 +45,9 @@ type readAttempt struct {
 	tick  uint64
 }
 
-// maxReadAttempts bounds the ReadIndex rounds under way. More than one keeps a
-// read that arrives during a round from waiting for the whole of it.
+// While one ReadIndex is under way the next reads gather: fewer rounds measured
+// faster than earlier ones, in throughput at any number of clients. Only where a
+// round takes longer than a tick, as between distant sites, do more overlap.
 const (
 	maxReadAttempts = 4
 	readRetryTicks  = 3
@@ -63,6 +64,12 @@ type readQueue struct {
 	// loop
 	waiting  []*readBatch // seen by the loop, no attempt under way
 	attempts map[string]readAttempt
+	issued   uint64 // tick of the last attempt
+}
+
+// room says whether another ReadIndex may be issued at tick now.
+func (q *readQueue) room(now uint64) bool {
+	return len(q.attempts) == 0 || len(q.attempts) < maxReadAttempts && now > q.issued
 }
 
 func (q *readQueue) init() {
@@ -90,9 +97,9 @@ func (q *readQueue) join() *readBatch {
 	return b
 }
 
-// pending says that a ReadIndex could be issued now.
-func (q *readQueue) pending() bool {
-	if len(q.attempts) >= maxReadAttempts {
+// pending says that a ReadIndex could be issued at tick now.
+func (q *readQueue) pending(now uint64) bool {
+	if !q.room(now) {
 		return false
 	}
 	q.mu.Lock()
@@ -111,7 +118,7 @@ func (q *readQueue) take() *readBatch {
 // issueReads starts a ReadIndex for the reads that wait, if one could succeed.
 func (n *raftNode) issueReads() {
 	q := &n.reads
-	if n.mayRead() && len(q.attempts) < maxReadAttempts || n.now.lead == raft.None {
+	if n.mayRead() && q.room(n.ticks) || n.now.lead == raft.None {
 		if b := q.take(); b != nil {
 			b.since = n.ticks
 			q.waiting = append(q.waiting, b)
@@ -120,12 +127,12 @@ func (n *raftNode) issueReads() {
 	if !n.mayRead() {
 		return
 	}
-	for len(q.waiting) > 0 && len(q.attempts) < maxReadAttempts {
+	for len(q.waiting) > 0 && q.room(n.ticks) {
 		b := q.waiting[0]
 		q.waiting = q.waiting[1:]
 		ctx := make([]byte, 16)
 		rand.Read(ctx) // never fails (crypto/rand)
-		q.attempts[string(ctx)] = readAttempt{b, n.ticks}
+		q.attempts[string(ctx)], q.issued = readAttempt{b, n.ticks}, n.ticks
 		n.met.readIndexes.Inc()
 		n.raw.ReadIndex(ctx)
 	}
