@@ -14,6 +14,7 @@ type nodeMetrics struct {
 	batchCommands   prometheus.Histogram
 	readIndexes     prometheus.Counter
 	readRetries     prometheus.Counter
+	readWait        prometheus.Histogram
 	droppedMessages prometheus.Counter
 	refusedMessages prometheus.Counter
 	leaderChanges   prometheus.Counter
@@ -35,6 +36,8 @@ func newNodeMetrics(r prometheus.Registerer) *nodeMetrics {
 		leaderChanges:   counter("leader_changes_total", "Changes of leader seen by this member."),
 		batchCommands: f.NewHistogram(prometheus.HistogramOpts{Name: "pontoon_batch_commands", Help: "Commands packed into one log entry.",
 			Buckets: prometheus.ExponentialBuckets(1, 2, 13)}),
+		readWait: f.NewHistogram(prometheus.HistogramOpts{Name: "pontoon_read_index_wait_seconds", Help: "Time from the first read of a batch until the state may be read.",
+			Buckets: prometheus.ExponentialBuckets(.0001, 2, 16)}),
 		snapshotSeconds: f.NewHistogram(prometheus.HistogramOpts{Name: "pontoon_snapshot_write_seconds", Help: "Time to write a snapshot file.",
 			Buckets: prometheus.ExponentialBuckets(.001, 4, 10)}),
 	}

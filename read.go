@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"sync"
+	"time"
 
 	"go.etcd.io/raft/v3"
 
@@ -29,9 +30,10 @@ import (
 
 // readBatch is one group of reads that share a ReadIndex.
 type readBatch struct {
-	since uint64        // tick at which the loop first saw it
-	err   error         // set before done is closed
-	done  chan struct{} // closed when the state may be read, or with err
+	opened time.Time     // for the metric only
+	since  uint64        // tick at which the loop first saw it
+	err    error         // set before done is closed
+	done   chan struct{} // closed when the state may be read, or with err
 }
 
 func (b *readBatch) finish(err error) {
@@ -83,7 +85,7 @@ func (q *readQueue) join() *readBatch {
 	defer q.mu.Unlock()
 	b := q.mu.open
 	if b == nil {
-		b = &readBatch{done: make(chan struct{})}
+		b = &readBatch{opened: time.Now(), done: make(chan struct{})}
 		if q.mu.closed != nil {
 			b.finish(q.mu.closed)
 			return b
@@ -159,7 +161,10 @@ func (n *raftNode) finishReads(states []raft.ReadState) {
 			continue // given up on, or not ours
 		}
 		delete(n.reads.attempts, string(s.RequestCtx))
-		n.applied.Call(s.Index, func() { a.batch.finish(nil) })
+		n.applied.Call(s.Index, func() {
+			n.met.readWait.Observe(time.Since(a.batch.opened).Seconds())
+			a.batch.finish(nil)
+		})
 	}
 }
 

@@ -26,4 +26,5 @@ trap 'exit 1' HUP INT TERM
 [ -x pontoon ] || echo 'building pontoon: about half a minute on a new machine'
 go build -o pontoon .
 rm -f $lock
+export PONTOON_LOG_FORMAT="${PONTOON_LOG_FORMAT:-console}" # goreman is read by people
 exec ./pontoon "$@"

@@ -254,7 +254,11 @@ func (d *diskStore) bootstrap(id uint64, m *membership, joined bool) error {
 // load reads the newest snapshot that the log vouches for and that is whole,
 // then the log after it, and opens the log for appending.
 func (d *diskStore) load() (*recovered, error) {
-	entries, err := wal.ValidSnapshotEntries(quiet(d.log), d.walDir())
+	var entries []*walpb.Snapshot
+	err := unpanicked(func() (err error) {
+		entries, err = wal.ValidSnapshotEntries(quiet(d.log), d.walDir())
+		return err
+	})
 	if err != nil {
 		return nil, fmt.Errorf("%w: the log in %s is damaged: %w; %s", errRefuse, d.walDir(), err, replaceHint)
 	}
@@ -286,6 +290,17 @@ func (d *diskStore) load() (*recovered, error) {
 	return r, d.checkRecovered(r)
 }
 
+// unpanicked turns a panic of the wal package into an error: it trusts a record
+// whose checksum fits, but the checksum does not cover the record's type.
+func unpanicked(f func() error) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("a record cannot be read: %v", p)
+		}
+	}()
+	return f()
+}
+
 const replaceHint = "if the other members are healthy, remove this member (DELETE /<id>) and add a new one with a new id and an empty data directory"
 
 func (d *diskStore) openLog(start *walpb.Snapshot, r *recovered) error {
@@ -294,7 +309,13 @@ func (d *diskStore) openLog(start *walpb.Snapshot, r *recovered) error {
 		if err != nil {
 			return fmt.Errorf("%w: the log in %s cannot be opened: %w; %s", errRefuse, d.walDir(), err, replaceHint)
 		}
-		meta, hard, ents, err := w.ReadAll()
+		var meta []byte
+		var hard *raftpb.HardState
+		var ents []*raftpb.Entry
+		err = unpanicked(func() (err error) {
+			meta, hard, ents, err = w.ReadAll()
+			return err
+		})
 		if err == nil {
 			d.wal, r.hard, r.entries = w, hard, ents
 			if err := json.Unmarshal(meta, &r.meta); err != nil || r.meta.Version != 1 {
