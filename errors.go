@@ -17,6 +17,7 @@ var (
 	errMemberUnknown        = errors.New("no member has this id")
 	errMembershipInProgress = errors.New("another membership change is in flight")
 	errQuorumAtRisk         = errors.New("the members alive now would lose their quorum")
+	errLastVoter            = errors.New("the only voter cannot be removed")
 	errLearnerBehind        = errors.New("the learner has not caught up yet")
 	errTransferRefused      = errors.New("leadership cannot move to that member")
 	errTransferTimeout      = errors.New("leadership did not move in time")

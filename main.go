@@ -108,5 +108,5 @@ func revision() string {
 			return s.Value
 		}
 	}
-	return "(" + info.Main.Version + ")"
+	return info.Main.Version
 }

@@ -32,6 +32,9 @@ type member struct {
 	// Promote asks the leader to make a voter of this learner once it has
 	// caught up.
 	Promote bool `json:"promote,omitempty"`
+	// Started: the leader has seen this member hold log entries. If it comes
+	// back with an empty directory it has lost its data, and its votes.
+	Started bool `json:"started,omitempty"`
 }
 
 type memberOp string
@@ -41,6 +44,7 @@ const (
 	opRemove  memberOp = "remove"
 	opPromote memberOp = "promote"
 	opUpdate  memberOp = "update" // new peer or client URL
+	opStarted memberOp = "started"
 )
 
 // memberChange is one request to change the table. It travels as JSON in the
@@ -145,7 +149,7 @@ func (m *membership) apply(c memberChange) (*membership, error) {
 		case i < 0:
 			return nil, errNoChange
 		case !m.Members[i].Learner && len(m.voters()) == 1:
-			return nil, fmt.Errorf("%w: member %d is the only voter", errQuorumAtRisk, c.Member.ID)
+			return nil, fmt.Errorf("%w: member %d", errLastVoter, c.Member.ID)
 		}
 		next.Members = slices.Delete(next.Members, i, i+1)
 		next.Removed = append(next.Removed, c.Member.ID)
@@ -168,6 +172,14 @@ func (m *membership) apply(c memberChange) (*membership, error) {
 		if c.Member.ClientURL != "" {
 			next.Members[i].ClientURL = c.Member.ClientURL
 		}
+	case opStarted:
+		switch {
+		case i < 0:
+			return nil, fmt.Errorf("%w: %d", errMemberUnknown, c.Member.ID)
+		case m.Members[i].Started:
+			return nil, errNoChange
+		}
+		next.Members[i].Started = true
 	default:
 		return nil, fmt.Errorf("%w: membership operation %q", errUnsupported, c.Op)
 	}
@@ -296,7 +308,10 @@ func (m *membership) mayRemove(id uint64, alive func(uint64) bool) error {
 			up++
 		}
 	}
-	if need := left/2 + 1; left == 0 || up < need {
+	if left == 0 {
+		return fmt.Errorf("%w: member %d", errLastVoter, id)
+	}
+	if need := left/2 + 1; up < need {
 		return fmt.Errorf("%w: without member %d, %d of %d voters would be alive and %d are needed", errQuorumAtRisk, id, up, left, need)
 	}
 	return nil
@@ -323,5 +338,10 @@ func sameConf(a, b *raftpb.ConfState) bool {
 		return out
 	}
 	return slices.Equal(set(a.GetVoters()), set(b.GetVoters())) && slices.Equal(set(a.GetLearners()), set(b.GetLearners())) &&
-		len(a.GetVotersOutgoing()) == 0 && len(b.GetVotersOutgoing()) == 0
+		simpleConf(a) && simpleConf(b)
+}
+
+// simpleConf: no joint consensus, which this program never uses.
+func simpleConf(c *raftpb.ConfState) bool {
+	return len(c.GetVotersOutgoing()) == 0 && len(c.GetLearnersNext()) == 0 && !c.GetAutoLeave()
 }

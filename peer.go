@@ -40,6 +40,10 @@ var fromPeers = map[raftpb.MessageType]bool{
 	raftpb.MsgTimeoutNow: true, raftpb.MsgReadIndex: true, raftpb.MsgReadIndexResp: true, raftpb.MsgPreVote: true, raftpb.MsgPreVoteResp: true,
 }
 
+// maxTerm is far above what elections can reach, and far below where raft's
+// term + 1 would start anew at 0.
+const maxTerm = 1 << 62
+
 // validateMessage refuses what no member sends: raft takes its
 // peers at their word and panics. Step has the checks that need raft's state.
 func (n *raftNode) validateMessage(m *raftpb.Message) error {
@@ -51,6 +55,8 @@ func (n *raftNode) validateMessage(m *raftpb.Message) error {
 		return fmt.Errorf("message for member %d reached member %d", m.GetTo(), n.id)
 	case from == 0 || from == n.id && m.GetType() != raftpb.MsgTransferLeader || raft.IsLocalMsgTarget(from):
 		return fmt.Errorf("message from %d", from)
+	case m.GetTerm() > maxTerm:
+		return fmt.Errorf("message of term %d", m.GetTerm())
 	case n.IsIDRemoved(from):
 		return fmt.Errorf("message from member %d, which was removed", from)
 	}
@@ -158,6 +164,8 @@ func (n *raftNode) validateSnapshot(m *raftpb.Message) error {
 type clusterInfo struct {
 	Member  uint64      `json:"member,string"`
 	Members *membership `json:"membership"`
+	// CaughtUp: the learners that could be promoted now; only a leader knows.
+	CaughtUp []uint64 `json:"caught_up,omitempty"`
 }
 
 const clusterInfoPath = "/pontoon/cluster"
@@ -165,16 +173,17 @@ const clusterInfoPath = "/pontoon/cluster"
 // peerHandler guards rafthttp's handler and answers joiners.
 func (n *raftNode) peerHandler(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		defer func() {
+			// rafthttp reads what it decoded without a look, and panics to
+			// cut a connection.
+			if p := recover(); p != nil {
+				n.met.refusedMessages.Inc()
+				n.log.Debug("peer request refused", zap.Any("reason", p))
+				http.Error(w, "malformed request", http.StatusBadRequest)
+			}
+		}()
 		if r.URL.Path == clusterInfoPath {
-			w.Header().Set("Content-Type", "application/json")
-			m := n.members.Load()
-			if len(m.Members) == 0 {
-				http.Error(w, "this member waits for its first snapshot", http.StatusServiceUnavailable)
-				return
-			}
-			if err := json.NewEncoder(w).Encode(clusterInfo{n.id, m}); err != nil {
-				n.log.Debug("answer joiner", zap.Error(err))
-			}
+			n.serveCluster(w, r)
 			return
 		}
 		// With this header any caller could make us send to any address.
@@ -206,41 +215,73 @@ func (n *raftNode) peerHandler(next http.Handler) http.Handler {
 	})
 }
 
+func (n *raftNode) serveCluster(w http.ResponseWriter, r *http.Request) {
+	info := clusterInfo{Member: n.id, Members: n.members.Load()}
+	if len(info.Members.Members) == 0 {
+		http.Error(w, "this member waits for its first snapshot", http.StatusServiceUnavailable)
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), time.Second)
+	defer cancel()
+	var caughtUp []uint64
+	if err := n.do(ctx, func() {
+		for _, m := range info.Members.Members {
+			if m.Learner && n.now.state == raft.StateLeader && n.caughtUp(m.ID) {
+				caughtUp = append(caughtUp, m.ID)
+			}
+		}
+	}); err == nil { // else the closure may still run
+		info.CaughtUp = caughtUp
+	}
+	w.Header().Set("Content-Type", "application/json")
+	if err := json.NewEncoder(w).Encode(info); err != nil {
+		n.log.Debug("answer peer", zap.Error(err))
+	}
+}
+
 // fetchCluster asks the peers of --cluster for the member table until one
 // answers that lists this node, or ctx ends.
 func fetchCluster(ctx context.Context, cfg Config, log *zap.Logger) (*membership, error) {
-	client := peerClient()
-	var last error
 	said := ""
 	for {
-		for _, c := range cfg.Cluster {
-			if c.ID == cfg.ID {
-				continue
-			}
-			m, err := askPeer(ctx, client, c.URL)
-			if err == nil {
-				if err = mayJoin(m, cfg, c.URL); err == nil {
-					return m, nil
-				}
-				if errors.Is(err, errRefuse) {
-					return nil, err
-				}
-			}
-			last = err
+		m, err := askCluster(ctx, cfg)
+		if err == nil || errors.Is(err, errRefuse) || errors.Is(err, errUsage) {
+			return m, err
 		}
-		if last == nil {
-			return nil, fmt.Errorf("%w: --join needs the URL of a member in --cluster besides this node's own", errUsage)
-		}
-		if last.Error() != said {
-			said = last.Error()
-			log.Warn("waiting to be let in", zap.Error(last))
+		if err.Error() != said && ctx.Err() == nil {
+			said = err.Error()
+			log.Warn("waiting to be let in", zap.Error(err))
 		}
 		select {
 		case <-ctx.Done():
-			return nil, fmt.Errorf("join: gave up after %v: %w", cfg.JoinTimeout, last)
+			if errors.Is(ctx.Err(), context.Canceled) { // told to stop
+				return nil, ctx.Err()
+			}
+			return nil, fmt.Errorf("join: gave up after %v: %s", cfg.JoinTimeout, said)
 		case <-time.After(250 * time.Millisecond):
 		}
 	}
+}
+
+// askCluster asks each peer of --cluster once. The error is that of the last.
+func askCluster(ctx context.Context, cfg Config) (*membership, error) {
+	err := fmt.Errorf("%w: --join needs the URL of a member in --cluster besides this node's own", errUsage)
+	for _, c := range cfg.Cluster {
+		if c.ID == cfg.ID {
+			continue
+		}
+		var info *clusterInfo
+		if info, err = askPeer(ctx, peerClient(), c.URL); err == nil {
+			err = mayJoin(info.Members, cfg, c.URL)
+		}
+		if err == nil {
+			return info.Members, nil
+		}
+		if errors.Is(err, errRefuse) {
+			break
+		}
+	}
+	return nil, err
 }
 
 func peerClient() *http.Client {
@@ -254,13 +295,41 @@ func mayJoin(m *membership, cfg Config, peer string) error {
 		return fmt.Errorf("%w: member %d was removed from the cluster and its id never comes back; choose another, for example %d", errRefuse, cfg.ID, m.nextID())
 	case !ok:
 		return fmt.Errorf("member %d is not in the cluster of %s yet: tell it with curl -X POST -d %s http://<a member's client address>/%d", cfg.ID, peer, cfg.peerURL(), cfg.ID)
+	case self.Started || !self.Learner:
+		// An empty directory under an id that has voted could vote again, for
+		// somebody else.
+		return fmt.Errorf("%w: member %d has been running in the cluster of %s, and %s is empty: its data is lost; remove it (curl -X DELETE http://<a member's client address>/%d) and add a new one, for example with id %d",
+			errRefuse, cfg.ID, peer, cfg.DataDir, cfg.ID, m.nextID())
 	case !slices.Contains(self.PeerURLs, cfg.peerURL()):
 		return fmt.Errorf("%w: the cluster knows member %d at %s, --cluster says %s", errRefuse, cfg.ID, strings.Join(self.PeerURLs, ","), cfg.peerURL())
 	}
 	return nil
 }
 
-func askPeer(ctx context.Context, c *http.Client, url string) (*membership, error) {
+// mayFound asks the peers whether this member has been running before. A founder
+// whose directory was lost would found itself anew without a word, and vote
+// again. Peers that do not answer say nothing: clusters start cold.
+func mayFound(ctx context.Context, cfg Config) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	want := bootstrapMembership(cfg.ClusterToken, cfg.Cluster).ClusterID
+	for _, c := range cfg.Cluster {
+		if c.ID == cfg.ID {
+			continue
+		}
+		info, err := askPeer(ctx, peerClient(), c.URL)
+		if err != nil || info.Members.ClusterID != want {
+			continue
+		}
+		m := info.Members
+		if self, ok := m.get(cfg.ID); m.isRemoved(cfg.ID) || ok && self.Started {
+			return mayJoin(m, cfg, c.URL)
+		}
+	}
+	return nil
+}
+
+func askPeer(ctx context.Context, c *http.Client, url string) (*clusterInfo, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url+clusterInfoPath, nil)
 	if err != nil {
 		return nil, err
@@ -277,7 +346,7 @@ func askPeer(ctx context.Context, c *http.Client, url string) (*membership, erro
 	if err := json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(&info); err != nil || info.Members == nil || info.Members.ClusterID == 0 {
 		return nil, fmt.Errorf("%s is no Pontoon peer address (%v)", url, err)
 	}
-	return info.Members, nil
+	return &info, nil
 }
 
 // raftLogger gives raft's own log to zap. What raft calls information or a

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
@@ -77,6 +78,9 @@ type raftNode struct {
 	now           soft              // as of the last Ready
 	stable        uint64            // last entry on this disk
 	committedTerm uint64            // term of the last entry published
+	unsaved       bool              // an append was stepped and is not on disk yet
+	later         []*raftpb.Message // heartbeats that wait for that
+	readSent      uint64            // highest read context sent in this term
 	queue         []*proposal       // collected, not yet proposed
 	held          []*raftpb.Message // forwarded proposals parked while leadership moves
 	dropped       bool              // raft dropped a proposal; wait for a tick, a commit or a leader
@@ -84,7 +88,7 @@ type raftNode struct {
 	lastSeen      map[uint64]uint64 // peer -> tick of its last message
 	sending       map[uint64]uint64 // peer -> index of the snapshot on its way there
 	leaving       map[uint64]uint64 // removed peer -> tick at which its connections go
-	promoting     map[uint64]uint64 // learner -> tick of the last attempt
+	tended        map[uint64]uint64 // member -> tick of the last housekeeping proposal
 	confQueue     []*confProposal
 	removed       error
 }
@@ -118,7 +122,7 @@ func newRaftNode(cfg Config, boot uint64, r *recovered, store logStore, snaps sn
 		lastSeen:    map[uint64]uint64{},
 		sending:     map[uint64]uint64{},
 		leaving:     map[uint64]uint64{},
-		promoting:   map[uint64]uint64{},
+		tended:      map[uint64]uint64{},
 	}
 	n.mail.wake = make(chan struct{}, 1)
 	n.reads.init()
@@ -257,18 +261,36 @@ func (n *raftNode) step(m *raftpb.Message) {
 			return
 		}
 	case raftpb.MsgTransferLeader:
-		// raft would forward it once more and panic over its term.
-		if n.now.state != raft.StateLeader {
+		// raft would forward it once more and panic over its term. What the
+		// last Ready said may be out of date by now.
+		if n.raw.BasicStatus().RaftState != raft.StateLeader {
 			return
 		}
+	case raftpb.MsgApp:
+		n.unsaved = true
 	case raftpb.MsgHeartbeat:
+		if n.unsaved {
+			// An append before it may have cut the log; look again when
+			// stable is exact.
+			n.later = append(n.later, m)
+			return
+		}
 		// A leader never commits past what we acknowledged, and that is on
-		// disk. raft panics over such a message; it is hostile or this
-		// log lost something.
+		// disk. raft panics over more.
 		if m.GetCommit() > n.stable && m.GetTerm() >= n.now.term {
-			n.log.Error("ignored a heartbeat that commits more than this log holds",
-				zap.Uint64("from", m.GetFrom()), zap.Uint64("commit", m.GetCommit()), zap.Uint64("last", n.stable))
-			n.met.refusedMessages.Inc()
+			n.refuse(m, "it commits more than this log holds")
+			return
+		}
+	case raftpb.MsgAppResp:
+		// What a follower acknowledges was sent, and is on this disk since.
+		if m.GetIndex() > n.stable && !m.GetReject() {
+			n.refuse(m, "it acknowledges more than this log holds")
+			return
+		}
+	case raftpb.MsgHeartbeatResp:
+		// raft would count past the reads that it knows.
+		if c := m.GetContext(); len(c) == 8 && binary.LittleEndian.Uint64(c) > n.readSent && m.GetTerm() >= n.now.term {
+			n.refuse(m, "it confirms a read that was not asked")
 			return
 		}
 	}
@@ -283,6 +305,14 @@ func (n *raftNode) step(m *raftpb.Message) {
 	}
 }
 
+// refuse drops a message that would break raft's invariants: it is hostile, or
+// one of the two logs has lost something.
+func (n *raftNode) refuse(m *raftpb.Message, why string) {
+	n.met.refusedMessages.Inc()
+	n.log.Error("ignored a peer's message: "+why, zap.String("type", m.GetType().String()), zap.Uint64("from", m.GetFrom()),
+		zap.Uint64("term", m.GetTerm()), zap.Uint64("index", m.GetIndex()), zap.Uint64("commit", m.GetCommit()), zap.Uint64("last", n.stable))
+}
+
 // tick is 100 ms of raft time.
 func (n *raftNode) tick() {
 	n.ticks++
@@ -291,7 +321,7 @@ func (n *raftNode) tick() {
 	n.expire()
 	n.repropose()
 	n.retryReads()
-	n.promoteLearners()
+	n.tendMembers()
 	for id, at := range n.leaving {
 		if n.ticks >= at {
 			n.tr.RemovePeer(types.ID(id))
@@ -321,6 +351,11 @@ func (n *raftNode) ready() error {
 	n.publish(fresh)
 	n.raw.Advance(rd)
 	n.finishReads(rd.ReadStates)
+	n.unsaved = false
+	for _, m := range n.later {
+		n.step(m)
+	}
+	n.later = n.later[:0]
 	return nil
 }
 
@@ -331,7 +366,9 @@ func (n *raftNode) observe(rd raft.Ready) {
 		n.now.lead, n.now.state = rd.SoftState.Lead, rd.SoftState.RaftState
 	}
 	if !raft.IsEmptyHardState(rd.HardState) {
-		n.now.term = rd.HardState.GetTerm()
+		if t := rd.HardState.GetTerm(); t != n.now.term {
+			n.now.term, n.readSent = t, 0
+		}
 		n.progress.committed.Store(rd.HardState.GetCommit())
 	}
 	if n.now == before {
@@ -364,6 +401,11 @@ func (n *raftNode) sort(ms []*raftpb.Message) (early, late []*raftpb.Message) {
 			late = append(late, m)
 		case raftpb.MsgVoteResp, raftpb.MsgPreVoteResp:
 			late = append(late, m)
+		case raftpb.MsgHeartbeat:
+			if c := m.GetContext(); len(c) == 8 {
+				n.readSent = max(n.readSent, binary.LittleEndian.Uint64(c))
+			}
+			early = append(early, m)
 		default:
 			early = append(early, m)
 		}
@@ -396,24 +438,14 @@ func (n *raftNode) splitCommitted(ents []*raftpb.Entry) (onDisk, fresh []*raftpb
 	return ents[:i], ents[i:]
 }
 
-// persist makes rd durable: snapshot record, then entries and hard state, one
-// sync, then the same in memory.
+// persist makes rd durable, with one sync, and then the same in memory.
 func (n *raftNode) persist(rd raft.Ready) error {
-	installed := !raft.IsEmptySnap(rd.Snapshot)
-	if installed {
-		if err := n.store.saveSnapshot(rd.Snapshot.Metadata); err != nil {
+	if !raft.IsEmptySnap(rd.Snapshot) {
+		if err := n.install(rd); err != nil {
 			return err
 		}
-	}
-	// wal.Save does not sync a mere new commit index. After an installed
-	// snapshot that index is what makes the snapshot count at a restart.
-	if installed || len(rd.Entries) > 0 || !raft.IsEmptyHardState(rd.HardState) {
-		if err := n.store.save(rd.HardState, rd.Entries, installed); err != nil {
-			return err
-		}
-	}
-	if installed {
-		if err := n.install(rd.Snapshot); err != nil {
+	} else if len(rd.Entries) > 0 || !raft.IsEmptyHardState(rd.HardState) {
+		if err := n.store.save(rd.HardState, rd.Entries); err != nil {
 			return err
 		}
 	}

@@ -15,6 +15,7 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 	"go.etcd.io/raft/v3/tracker"
 	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -92,7 +93,7 @@ func (n *raftNode) applyConf(e *raftpb.Entry) confResult {
 			res.members = next
 			n.setMembers(next)
 			n.reconnect(res.change)
-			n.log.Info("membership changed", zap.String("change", string(res.change.Op)),
+			n.log.Log(res.change.level(), "membership changed", zap.String("change", string(res.change.Op)),
 				zap.Uint64("member", res.change.Member.ID), zap.Strings("url", res.change.Member.PeerURLs))
 		}
 	}
@@ -103,6 +104,14 @@ func (n *raftNode) applyConf(e *raftpb.Entry) confResult {
 }
 
 func (n *raftNode) setMembers(m *membership) { n.members.Store(m) }
+
+// level keeps housekeeping out of the log of a normal day.
+func (c memberChange) level() zapcore.Level {
+	if c.Op == opStarted {
+		return zapcore.DebugLevel
+	}
+	return zapcore.InfoLevel
+}
 
 // reconnect follows one membership change with the transport.
 func (n *raftNode) reconnect(c memberChange) {
@@ -144,24 +153,46 @@ func (n *raftNode) connectPeers() {
 	}
 }
 
-// promoteLearners lets the leader turn learners that caught up into voters.
-// raft has no such check.
-func (n *raftNode) promoteLearners() {
+// tendMembers is the leader's housekeeping of the table, at most one proposal a
+// tick: learners that caught up become voters, and members that hold entries are
+// marked as started.
+func (n *raftNode) tendMembers() {
 	if n.now.state != raft.StateLeader {
 		return
 	}
 	for _, m := range n.members.Load().Members {
-		if !m.Learner || !m.Promote || n.ticks-n.promoting[m.ID] < 10 || !n.caughtUp(m.ID) {
+		op := opStarted
+		switch {
+		case n.tended[m.ID] != 0 && n.ticks-n.tended[m.ID] < 10: // give the last proposal time
+			continue
+		case m.Learner && m.Promote && n.caughtUp(m.ID):
+			op = opPromote
+		case m.Started || !n.holdsEntries(m.ID):
 			continue
 		}
-		n.promoting[m.ID] = n.ticks
-		c := memberChange{Version: memberChangeVersion, Op: opPromote, Member: member{ID: m.ID}}
+		n.tended[m.ID] = n.ticks
+		c := memberChange{Version: memberChangeVersion, Op: op, Member: member{ID: m.ID}}
 		if cc, err := c.confChange(); err != nil {
-			n.log.Error("promote", zap.Error(err))
+			n.log.Error("tend members", zap.Error(err))
 		} else if err := n.raw.ProposeConfChange(cc); err != nil {
-			n.log.Debug("promote", zap.Uint64("member", m.ID), zap.Error(err))
+			n.log.Debug("tend members", zap.Uint64("member", m.ID), zap.Error(err))
 		}
+		return
 	}
+}
+
+// holdsEntries: the member has acknowledged something that it did not found
+// itself with.
+func (n *raftNode) holdsEntries(id uint64) (ok bool) {
+	if id == n.id {
+		return true
+	}
+	n.raw.WithProgress(func(p uint64, _ raft.ProgressType, pr tracker.Progress) {
+		if p == id {
+			ok = pr.Match > 1
+		}
+	})
+	return ok
 }
 
 // caughtUp is the leader's opinion of a follower.
@@ -274,7 +305,29 @@ func (s *kvstore) removeMember(ctx context.Context, id uint64, force bool) error
 		}
 		return err
 	}
-	return ignoreNoChange(s.changeMembers(ctx, memberChange{Op: opRemove, Member: member{ID: id}}, check))
+	remove := memberChange{Op: opRemove, Member: member{ID: id}}
+	if s.leader() == id {
+		s.moveLeaderFrom(ctx, id)
+	}
+	return ignoreNoChange(s.changeMembers(ctx, remove, check))
+}
+
+// moveLeaderFrom spares the cluster the election that the removal of its leader
+// would cost. It is a favour: the removal goes on without it.
+func (s *kvstore) moveLeaderFrom(ctx context.Context, id uint64) {
+	members := s.node.members.Load()
+	if len(members.voters()) < 2 {
+		return
+	}
+	if id == s.node.id {
+		ctx, cancel := context.WithTimeout(ctx, s.cfg.electionTimeout())
+		defer cancel()
+		s.handOver(ctx)
+	} else if self, ok := members.get(s.node.id); ok && !self.Learner {
+		if err := s.transferLeader(ctx, s.node.id); err != nil {
+			s.log.Debug("could not take leadership from the member to remove", zap.Error(err))
+		}
+	}
 }
 
 // updateMember moves a member to another peer URL.
@@ -293,19 +346,36 @@ func (s *kvstore) promoteMember(ctx context.Context, id uint64) error {
 		if !ok || !x.Learner {
 			return nil // apply has the right error
 		}
-		ready := false
-		if err := s.node.do(ctx, func() {
-			// Only the leader knows how far a learner is.
-			ready = s.node.now.state == raft.StateLeader && s.node.caughtUp(id)
-		}); err != nil {
+		ready, err := s.learnerReady(ctx, id)
+		if err != nil {
 			return err
 		}
 		if !ready {
-			return fmt.Errorf("%w: member %d, as far as member %d can tell (ask the leader, member %d)", errLearnerBehind, id, s.node.id, s.leader())
+			return fmt.Errorf("%w: member %d", errLearnerBehind, id)
 		}
 		return nil
 	}
 	return ignoreNoChange(s.changeMembers(ctx, memberChange{Op: opPromote, Member: member{ID: id}}, check))
+}
+
+// learnerReady asks the leader whether a learner has caught up: only it knows.
+func (s *kvstore) learnerReady(ctx context.Context, id uint64) (ready bool, err error) {
+	leads := false
+	if err := s.node.do(ctx, func() {
+		leads = s.node.now.state == raft.StateLeader
+		ready = leads && s.node.caughtUp(id)
+	}); err != nil || leads {
+		return ready, err
+	}
+	leader, ok := s.node.members.Load().get(s.leader())
+	if !ok {
+		return false, errNoLeader
+	}
+	info, err := askPeer(ctx, peerClient(), leader.PeerURLs[0])
+	if err != nil {
+		return false, fmt.Errorf("%w: member %d: the leader cannot be asked: %v", errLearnerBehind, id, err)
+	}
+	return slices.Contains(info.CaughtUp, id), nil
 }
 
 func ignoreNoChange(err error) error {
@@ -325,10 +395,20 @@ func (s *kvstore) transferLeader(ctx context.Context, to uint64) error {
 		return err
 	}
 	// raft takes no proposals while it waits for the target, so a target that
-	// does not answer costs everybody an election time-out: ask only once.
+	// does not answer costs everybody an election time-out. A second attempt is
+	// for one that still had a membership change to apply and could not campaign.
+	for range 2 {
+		if err := s.tryTransfer(ctx, to); !errors.Is(err, errTransferTimeout) || ctx.Err() != nil {
+			return err
+		}
+	}
+	return errTransferTimeout
+}
+
+func (s *kvstore) tryTransfer(ctx context.Context, to uint64) error {
 	refused := false
 	if err := s.node.do(ctx, func() {
-		if refused = s.node.now.state == raft.StateLeader && !s.node.alive(to); !refused {
+		if refused = s.node.now.state == raft.StateLeader && to != s.node.id && !s.node.alive(to); !refused {
 			s.node.raw.TransferLeader(to)
 		}
 	}); err != nil {
@@ -337,7 +417,7 @@ func (s *kvstore) transferLeader(ctx context.Context, to uint64) error {
 	if refused {
 		return fmt.Errorf("%w: member %d has not been heard of lately", errTransferRefused, to)
 	}
-	giveUp := time.NewTimer(s.cfg.electionTimeout())
+	giveUp := time.NewTimer(time.Duration(s.cfg.ElectionTicks+1) * s.cfg.TickInterval)
 	defer giveUp.Stop()
 	for {
 		changed := s.node.leaderChange()

@@ -8,6 +8,8 @@ import (
 	"net/http"
 	"net/http/pprof"
 	"net/url"
+	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -17,6 +19,7 @@ import (
 	"go.etcd.io/etcd/server/v3/etcdserver/api/rafthttp"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/snap"
 	stats "go.etcd.io/etcd/server/v3/etcdserver/api/v2stats"
+	"go.etcd.io/etcd/server/v3/storage/wal"
 	"go.uber.org/zap"
 )
 
@@ -43,6 +46,13 @@ func newServer(ctx context.Context, cfg Config, log *zap.Logger) (_ *server, err
 			err = errors.Join(err, s.closeEarly())
 		}
 	}()
+	// Before the ports open: peers that start at the same time ask as well, and
+	// an open port that does not answer yet would keep them waiting.
+	if !cfg.Join && !wal.Exist(filepath.Join(cfg.DataDir, "wal")) {
+		if err := mayFound(ctx, cfg); err != nil {
+			return nil, err
+		}
+	}
 	if s.clientListener, err = listenClient(cfg.ListenClient, cfg.MaxConns); err != nil {
 		return nil, err
 	}
@@ -71,6 +81,7 @@ func newServer(ctx context.Context, cfg Config, log *zap.Logger) (_ *server, err
 	}
 	s.store = newKVStore(s.node, r, s.disk)
 	s.store.registerGauges(reg)
+	s.checkDisk()
 	if err := s.startTransport(r.meta.ClusterID, peers); err != nil {
 		return nil, err
 	}
@@ -109,7 +120,7 @@ func (s *server) recover(ctx context.Context) (*recovered, *membership, error) {
 	}
 	switch {
 	case r.snap.Index > 0:
-		table = r.snap.Members
+		table = r.table()
 		if err := s.checkCluster(ctx, table); err != nil {
 			return nil, nil, err
 		}
@@ -132,35 +143,48 @@ func (s *server) join(ctx context.Context) (*membership, error) {
 }
 
 // checkCluster holds --cluster against the member table of the data directory.
-// The table counts, and the list may lag behind it or run ahead of it; but a
-// list of which nothing fits belongs to another cluster, and an own address
-// that the cluster does not know would leave this member unheard.
+// The table counts, and the list may lag behind it. But a list of which nothing
+// fits belongs to another cluster, and an own address that the cluster does not
+// know would leave this member unheard. Members may have moved while this one
+// was down, so before it refuses it asks the peers that the list names.
 func (s *server) checkCluster(ctx context.Context, table *membership) error {
-	known, fits := 0, 0
+	known, fits, moved := 0, 0, false
 	for _, c := range s.cfg.Cluster {
-		if m, ok := table.get(c.ID); ok && c.ID != s.cfg.ID {
+		m, ok := table.get(c.ID)
+		switch {
+		case !ok:
+		case c.ID == s.cfg.ID:
+			moved = !slices.Contains(m.PeerURLs, c.URL)
+		default:
 			known++
-			if m.PeerURLs[0] == c.URL {
+			if slices.Contains(m.PeerURLs, c.URL) {
 				fits++
 			}
 		}
 	}
-	if known > 0 && fits == 0 {
-		return fmt.Errorf("%w: %s belongs to a cluster of %s, and --cluster names %s; correct --cluster or choose another --data-dir",
-			errRefuse, s.cfg.DataDir, describeMembers(table), describeCluster(s.cfg.Cluster))
-	}
-	self, ok := table.get(s.cfg.ID)
-	if !ok || self.PeerURLs[0] == s.cfg.peerURL() {
+	if !moved && (known == 0 || fits > 0) {
 		return nil
 	}
-	// It may have been moved while it was down: ask the others.
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
-	if now, err := fetchCluster(ctx, s.cfg, zap.NewNop()); err != nil || now.ClusterID != table.ClusterID {
-		return fmt.Errorf("%w: the cluster knows member %d at %s, --cluster says %s; correct --cluster, or move the member with PUT /v1/members/%d while it is down",
+	for _, c := range s.cfg.Cluster {
+		if c.ID == s.cfg.ID {
+			continue
+		}
+		now, err := askPeer(ctx, peerClient(), c.URL)
+		if err != nil || now.Members.ClusterID != table.ClusterID {
+			continue
+		}
+		if self, ok := now.Members.get(s.cfg.ID); ok && slices.Contains(self.PeerURLs, s.cfg.peerURL()) {
+			return nil
+		}
+	}
+	if self, _ := table.get(s.cfg.ID); moved {
+		return fmt.Errorf("%w: the cluster knows member %d at %s, --cluster says %s; correct --cluster, or move the member with PUT /v1/members/%d on another one",
 			errRefuse, s.cfg.ID, self.PeerURLs[0], s.cfg.peerURL(), s.cfg.ID)
 	}
-	return nil
+	return fmt.Errorf("%w: %s belongs to a cluster of %s, and --cluster names %s; correct --cluster, choose another --data-dir, or move a member with PUT /v1/members/<id> on a running one",
+		errRefuse, s.cfg.DataDir, describeMembers(table), describeCluster(s.cfg.Cluster))
 }
 
 func describeMembers(m *membership) string {
@@ -238,6 +262,10 @@ func (s *server) run(ctx context.Context) error {
 	go func() { serving <- s.peer.Serve(s.peerListener) }()
 	// goroutine: client-server
 	go func() { serving <- s.client.Serve(s.clientListener) }()
+	if s.cfg.AdvertiseClient != "" {
+		// goroutine: announcer
+		go s.announce(watch)
+	}
 	if s.debugListener != nil {
 		// goroutine: debug-server
 		go func() { serving <- http.Serve(s.debugListener, debugHandler()) }()
@@ -292,8 +320,8 @@ func (s *server) confirmRemoval(ctx context.Context) error {
 		if m.ID == s.cfg.ID {
 			continue
 		}
-		table, err := askPeer(ctx, peerClient(), m.PeerURLs[0])
-		if err == nil && table.ClusterID == uint64(s.tr.ClusterID) && table.isRemoved(s.cfg.ID) {
+		info, err := askPeer(ctx, peerClient(), m.PeerURLs[0])
+		if err == nil && info.Members.ClusterID == uint64(s.tr.ClusterID) && info.Members.isRemoved(s.cfg.ID) {
 			return fmt.Errorf("%w: member %d was removed, says %s", errRemoved, s.cfg.ID, m.PeerURLs[0])
 		}
 	}
@@ -369,29 +397,52 @@ func (s *server) greet() {
 
 func trimAddr(l net.Listener) string { return strings.Replace(l.Addr().String(), "[::]", "*", 1) }
 
+// announce puts this member's client URL into the member table, as soon as the
+// cluster takes changes.
+func (s *server) announce(ctx context.Context) {
+	change := memberChange{Op: opUpdate, Member: member{ID: s.cfg.ID, ClientURL: s.cfg.AdvertiseClient}}
+	for ctx.Err() == nil {
+		try, cancel := context.WithTimeout(ctx, s.cfg.DefaultTimeout)
+		err := ignoreNoChange(s.store.changeMembers(try, change, nil))
+		cancel()
+		if err == nil {
+			return
+		}
+		s.log.Debug("announce client URL", zap.Error(err))
+		select {
+		case <-time.After(time.Second):
+		case <-ctx.Done():
+		}
+	}
+}
+
 // watchDisk refuses writes while the disk is nearly full, and lets them in
 // again once there is clearly room: a full disk would end the process.
 func (s *server) watchDisk(ctx context.Context) {
 	t := time.NewTicker(time.Second)
 	defer t.Stop()
 	for {
-		free, err := s.disk.freeBytes()
-		low := s.store.diskLow.Load()
-		switch {
-		case err != nil:
-			s.log.Warn("cannot tell the free disk space", zap.Error(err))
-		case !low && free < s.cfg.DiskReserve:
-			s.store.diskLow.Store(true)
-			s.log.Error("disk nearly full: writes are refused with 507, reads go on; free some space or lower --disk-reserve",
-				zap.Int64("free_bytes", free), zap.Int64("reserve_bytes", s.cfg.DiskReserve))
-		case low && free > s.cfg.DiskReserve+s.cfg.DiskReserve/16:
-			s.store.diskLow.Store(false)
-			s.log.Info("disk has room again: writes are accepted", zap.Int64("free_bytes", free))
-		}
 		select {
 		case <-t.C:
+			s.checkDisk()
 		case <-ctx.Done():
 			return
 		}
+	}
+}
+
+func (s *server) checkDisk() {
+	free, err := s.disk.freeBytes()
+	low := s.store.diskLow.Load()
+	switch {
+	case err != nil:
+		s.log.Warn("cannot tell the free disk space", zap.Error(err))
+	case !low && free < s.cfg.DiskReserve:
+		s.store.diskLow.Store(true)
+		s.log.Error("disk nearly full: writes are refused with 507, reads go on; free some space or lower --disk-reserve",
+			zap.Int64("free_bytes", free), zap.Int64("reserve_bytes", s.cfg.DiskReserve))
+	case low && free > s.cfg.DiskReserve+s.cfg.DiskReserve/16:
+		s.store.diskLow.Store(false)
+		s.log.Info("disk has room again: writes are accepted", zap.Int64("free_bytes", free))
 	}
 }

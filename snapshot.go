@@ -31,7 +31,7 @@ type snapshotSource interface {
 	verifySnapshot(index uint64) (snapHeader, error)
 	discardSnapshot(index uint64) error
 	freeBytes() (int64, error)
-	oldestKept(newest uint64) (uint64, error)
+	oldestKept() uint64
 }
 
 // raftStorage is raft's view of the log. Its snapshot is the newest file, not
@@ -99,10 +99,18 @@ func (n *raftNode) sendSnapshot(m *raftpb.Message) {
 
 // install takes over a snapshot that a leader sent: its file was verified when
 // it arrived. The store loads the very same file.
-func (n *raftNode) install(s *raftpb.Snapshot) error {
+func (n *raftNode) install(rd raft.Ready) error {
+	s := rd.Snapshot
 	h, err := n.snaps.snapshotHeader(s.GetMetadata().GetIndex())
 	if err != nil {
 		return fmt.Errorf("%w: install snapshot: %w", errDurability, err)
+	}
+	hs := rd.HardState // never empty: the commit index moved
+	if raft.IsEmptyHardState(hs) || hs.GetCommit() < h.Index {
+		return fmt.Errorf("install snapshot %d: hard state %v does not commit it", h.Index, hs)
+	}
+	if err := n.store.install(s.Metadata, hs, rd.Entries); err != nil {
+		return err
 	}
 	if err := n.mem.ApplySnapshot(s); err != nil && !errors.Is(err, raft.ErrSnapOutOfDate) {
 		return fmt.Errorf("install snapshot: %w", err)
@@ -125,25 +133,23 @@ func (n *raftNode) snapshotDone(d snapDone) error {
 	}
 	sn := d.header.raftSnapshot()
 	index := d.header.Index
+	if index <= n.progress.snapshot.Load() {
+		d.purge <- 0 // a leader's snapshot overtook it
+		return nil
+	}
 	if err := n.store.saveSnapshot(sn.Metadata); err != nil {
 		return err
 	}
-	switch _, err := n.mem.CreateSnapshot(index, sn.Metadata.ConfState, nil); {
-	case errors.Is(err, raft.ErrSnapOutOfDate): // a leader's snapshot overtook it
-	case err != nil:
+	if _, err := n.mem.CreateSnapshot(index, sn.Metadata.ConfState, nil); err != nil {
 		return fmt.Errorf("snapshot %d: %w", index, err)
-	default:
-		n.progress.snapshot.Store(index)
-		if to := n.compactTo(index); to > 0 {
-			if err := n.mem.Compact(to); err != nil && !errors.Is(err, raft.ErrCompacted) {
-				return fmt.Errorf("compact to %d: %w", to, err)
-			}
+	}
+	n.progress.snapshot.Store(index)
+	if to := n.compactTo(index); to > 0 {
+		if err := n.mem.Compact(to); err != nil && !errors.Is(err, raft.ErrCompacted) {
+			return fmt.Errorf("compact to %d: %w", to, err)
 		}
 	}
-	oldest, err := n.snaps.oldestKept(index)
-	if err != nil {
-		return fmt.Errorf("%w: list snapshots: %w", errDurability, err)
-	}
+	oldest := n.snaps.oldestKept()
 	if oldest > 0 {
 		if err := n.store.release(oldest); err != nil {
 			return err

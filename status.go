@@ -107,15 +107,13 @@ func (s *kvstore) live() []check {
 	return []check{{"raft loop", s.node.do(ctx, func() {})}}
 }
 
-// checks say whether this member should get traffic.
+// checks say whether this member should get traffic. A low disk is not among
+// them: reads go on (pontoon_disk_low tells of it).
 func (s *kvstore) checks() []check {
 	out := s.live()
-	var stopping, disk, member error
+	var stopping, member error
 	if s.stopping.Load() {
 		stopping = errStopping
-	}
-	if s.diskLow.Load() {
-		disk = errDiskLow
 	}
 	if !slices.Contains(s.node.members.Load().voters(), s.node.id) {
 		member = errors.New("this member is not a voter yet")
@@ -124,7 +122,6 @@ func (s *kvstore) checks() []check {
 	defer cancel()
 	return append(out,
 		check{"not shutting down", stopping},
-		check{"disk space", disk},
 		check{"voter", member},
 		check{"linearizable read", s.linearize(ctx)},
 	)

@@ -21,6 +21,7 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+	"google.golang.org/protobuf/proto"
 
 	"pontoon/kv"
 )
@@ -31,11 +32,14 @@ import (
 type logStore interface {
 	// save writes the hard state and the entries and returns once they are
 	// on disk, as raft requires of a vote and of an append. Where only the
-	// commit index moved, nothing waits for the disk, unless sync is set.
-	save(hs *raftpb.HardState, ents []*raftpb.Entry, sync bool) error
+	// commit index moved, nothing waits for the disk.
+	save(hs *raftpb.HardState, ents []*raftpb.Entry) error
 	// saveSnapshot records in the log that a snapshot file is complete. The
 	// file must be on disk before.
 	saveSnapshot(meta *raftpb.SnapshotMetadata) error
+	// install begins a new log after a snapshot that a leader sent. What the
+	// old log held beyond it never was of this history.
+	install(meta *raftpb.SnapshotMetadata, hs *raftpb.HardState, ents []*raftpb.Entry) error
 	// release forgets the log that no kept snapshot needs any more.
 	release(snapshotIndex uint64) error
 	close() error
@@ -51,6 +55,7 @@ var errRefuse = errors.New("refusing to start")
 //
 //	LOCK           held while a process runs; says which
 //	boots          how often a process was started here (see kv.Batch.Boot)
+//	synced         how far the log was synced (see synced.go)
 //	removed        present once this member was removed: it never starts again
 //	wal/           the raft log, in segments of 64 MB
 //	snap/          <index, 16 hex digits>.snap.db, see kv.WriteSnapshot
@@ -60,6 +65,11 @@ type diskStore struct {
 	log  *zap.Logger
 	lock *fileutil.LockedFile
 	wal  *wal.WAL
+	meta []byte // the log's metadata, encoded
+
+	mark     *os.File // the file synced
+	marked   syncMark // what it holds
+	recorded []uint64 // snapshots that the log vouches for, oldest first
 }
 
 // walMetadata heads every log segment: whose log it is.
@@ -86,6 +96,27 @@ type recovered struct {
 	entries []*raftpb.Entry
 	snap    snapHeader // Index 0: none yet, a joiner that waits for its first
 	state   *kv.State
+}
+
+// table is the member table after everything this log knows to be committed. It
+// is for decisions at start; raft replays the same changes by itself.
+func (r *recovered) table() *membership {
+	table := r.snap.Members
+	for _, e := range r.entries {
+		if e.GetIndex() > r.hard.GetCommit() || e.GetType() != raftpb.EntryConfChangeV2 {
+			continue
+		}
+		var cc raftpb.ConfChangeV2
+		if proto.Unmarshal(e.GetData(), &cc) != nil {
+			continue // refused at apply as well
+		}
+		if c, err := decodeConfChange(&cc); err == nil {
+			if next, err := table.apply(c); err == nil {
+				table = next
+			}
+		}
+	}
+	return table
 }
 
 // openDataDir takes the directory's LOCK and clears what a crash left half
@@ -133,7 +164,13 @@ func writeAt(f *os.File, s string) error {
 // clean removes temporary files: a snapshot being written or received (snap's
 // SaveDBFrom leaves tmp*, S2), a log being created.
 func (d *diskStore) clean() error {
-	for _, pattern := range []string{"snap/*.tmp", "snap/tmp*", "wal.new", "wal.new.tmp", "boots.tmp", "removed.tmp"} {
+	// install was cut short between its two renames: the new log is complete.
+	if _, err := os.Stat(filepath.Join(d.dir, "wal.old")); err == nil && !d.exists() {
+		if err := errors.Join(os.Rename(filepath.Join(d.dir, "wal.new"), d.walDir()), syncDir(d.dir)); err != nil {
+			return err
+		}
+	}
+	for _, pattern := range []string{"snap/*.tmp", "snap/tmp*", "wal.new", "wal.new.tmp", "wal.old", "boots.tmp", "removed.tmp"} {
 		names, err := filepath.Glob(filepath.Join(d.dir, pattern))
 		if err != nil {
 			return err
@@ -254,18 +291,26 @@ func (d *diskStore) bootstrap(id uint64, m *membership, joined bool) error {
 // load reads the newest snapshot that the log vouches for and that is whole,
 // then the log after it, and opens the log for appending.
 func (d *diskStore) load() (*recovered, error) {
-	var entries []*walpb.Snapshot
-	err := unpanicked(func() (err error) {
-		entries, err = wal.ValidSnapshotEntries(quiet(d.log), d.walDir())
-		return err
-	})
+	scan, err := d.scanLog()
 	if err != nil {
 		return nil, fmt.Errorf("%w: the log in %s is damaged: %w; %s", errRefuse, d.walDir(), err, replaceHint)
 	}
+	if err := d.openMark(); err != nil {
+		return nil, err
+	}
+	if err := scan.end.covers(d.marked); err != nil {
+		return nil, fmt.Errorf("%w: the log in %s is damaged: %w; %s", errRefuse, d.walDir(), err, replaceHint)
+	}
+	d.meta = scan.meta
 	r := &recovered{state: kv.NewState()}
 	start := &walpb.Snapshot{}
 	var damaged []error
-	for _, e := range slices.Backward(entries) {
+	for _, e := range scan.snapshots {
+		if _, err := os.Stat(d.snapPath(e.GetIndex())); err == nil { // else it was purged
+			d.recorded = append(d.recorded, e.GetIndex())
+		}
+	}
+	for _, e := range slices.Backward(scan.snapshots) {
 		if e.GetIndex() == 0 {
 			continue
 		}
@@ -287,7 +332,10 @@ func (d *diskStore) load() (*recovered, error) {
 	if err := d.openLog(start, r); err != nil {
 		return nil, err
 	}
-	return r, d.checkRecovered(r)
+	if err := d.checkRecovered(r); err != nil {
+		return nil, err
+	}
+	return r, d.setMark(scan.end)
 }
 
 // unpanicked turns a panic of the wal package into an error: it trusts a record
@@ -488,13 +536,27 @@ func (w *syncWriter) Write(p []byte) (int, error) {
 	return n, err
 }
 
-func (d *diskStore) save(hs *raftpb.HardState, ents []*raftpb.Entry, sync bool) error {
+func (d *diskStore) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
 	if raft.IsEmptyHardState(hs) {
 		hs = nil // wal.Save takes nil for "no change"
 	}
-	err := d.wal.Save(hs, ents)
-	if err == nil && sync {
-		err = d.wal.Sync()
+	m := d.marked
+	if hs != nil {
+		m.hardTerm, m.vote = hs.GetTerm(), hs.GetVote()
+	}
+	var err error
+	if len(ents) > 0 {
+		if ents[0].GetIndex() <= d.marked.index {
+			err = d.lowerMark()
+		}
+		last := ents[len(ents)-1]
+		m.term, m.index = last.GetTerm(), last.GetIndex()
+	}
+	if err == nil {
+		err = d.wal.Save(hs, ents)
+	}
+	if err == nil {
+		err = d.setMark(m) // Save synced: the term, the vote or the entries are new, or m is as before
 	}
 	if err != nil {
 		return fmt.Errorf("%w: write log: %w", errDurability, err)
@@ -503,11 +565,55 @@ func (d *diskStore) save(hs *raftpb.HardState, ents []*raftpb.Entry, sync bool) 
 }
 
 func (d *diskStore) saveSnapshot(m *raftpb.SnapshotMetadata) error {
-	err := d.wal.SaveSnapshot(&walpb.Snapshot{Index: m.Index, Term: m.Term, ConfState: m.ConfState})
-	if err != nil {
+	if err := d.wal.SaveSnapshot(walSnapshot(m)); err != nil {
 		return fmt.Errorf("%w: write log: %w", errDurability, err)
 	}
+	d.recorded = append(d.recorded, m.GetIndex())
 	return nil
+}
+
+func walSnapshot(m *raftpb.SnapshotMetadata) *walpb.Snapshot {
+	return &walpb.Snapshot{Index: m.Index, Term: m.Term, ConfState: m.ConfState}
+}
+
+// install swaps the log for a new one: built beside it, complete and synced,
+// then renamed into its place. The wal package cannot drop records, and entries
+// of the old log beyond the snapshot would come back at a restart with terms
+// that belong to a history which never was committed.
+func (d *diskStore) install(m *raftpb.SnapshotMetadata, hs *raftpb.HardState, ents []*raftpb.Entry) (err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("%w: begin a new log after snapshot %d: %w", errDurability, m.GetIndex(), err)
+		}
+	}()
+	fresh, old := filepath.Join(d.dir, "wal.new"), filepath.Join(d.dir, "wal.old")
+	w, err := wal.Create(quiet(d.log), fresh, d.meta)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(w.SaveSnapshot(walSnapshot(m)), w.Save(hs, ents), w.Sync(), w.Close()); err != nil {
+		return err
+	}
+	if err := errors.Join(d.lowerMark(), d.wal.Close()); err != nil {
+		return err
+	}
+	d.wal = nil
+	if err := errors.Join(os.Rename(d.walDir(), old), os.Rename(fresh, d.walDir()), syncDir(d.dir)); err != nil {
+		return err
+	}
+	if d.wal, err = wal.Open(quiet(d.log), d.walDir(), walSnapshot(m)); err != nil {
+		return err
+	}
+	if _, _, _, err := d.wal.ReadAll(); err != nil {
+		return err
+	}
+	d.recorded = []uint64{m.GetIndex()}
+	mark := syncMark{m.GetTerm(), m.GetIndex(), hs.GetTerm(), hs.GetVote()}
+	if len(ents) > 0 {
+		last := ents[len(ents)-1]
+		mark.term, mark.index = last.GetTerm(), last.GetIndex()
+	}
+	return errors.Join(d.setMark(mark), os.RemoveAll(old))
 }
 
 func (d *diskStore) release(index uint64) error {
@@ -535,18 +641,14 @@ func (d *diskStore) snapshotFiles() ([]uint64, error) {
 	return out, nil
 }
 
-// oldestKept is the oldest snapshot that survives a purge once the one at
-// newest is recorded. Files above newest are on their way in and stay.
-func (d *diskStore) oldestKept(newest uint64) (uint64, error) {
-	files, err := d.snapshotFiles()
-	if err != nil {
-		return 0, err
+// oldestKept is the oldest snapshot that survives a purge; 0 if nothing is to go.
+// Only those count that the log vouches for: no member starts from another.
+func (d *diskStore) oldestKept() uint64 {
+	if len(d.recorded) <= d.keep {
+		return 0
 	}
-	files = slices.DeleteFunc(files, func(i uint64) bool { return i > newest })
-	if len(files) <= d.keep {
-		return 0, nil // nothing to purge
-	}
-	return files[len(files)-d.keep], nil
+	d.recorded = slices.Clone(d.recorded[len(d.recorded)-d.keep:])
+	return d.recorded[0]
 }
 
 // purge deletes snapshots before oldest and the log segments that only they
@@ -618,6 +720,9 @@ func (d *diskStore) close() error {
 	var err error
 	if d.wal != nil {
 		err = d.wal.Close()
+	}
+	if d.mark != nil {
+		err = errors.Join(err, d.mark.Close())
 	}
 	if d.lock != nil {
 		err = errors.Join(err, d.lock.Close())

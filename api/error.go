@@ -56,7 +56,6 @@ const (
 	CodeQuorumAtRisk         Code = "quorum_at_risk"
 	CodeTransferRefused      Code = "transfer_refused"
 	CodePreconditionFailed   Code = "precondition_failed"
-	CodeLearnerBehind        Code = "learner_behind"
 	CodeTooLarge             Code = "too_large"
 	CodeKeyTooLong           Code = "key_too_long"
 	CodeIdempotencyMismatch  Code = "idempotency_mismatch"
@@ -85,7 +84,6 @@ var codeStatus = map[Code]int{
 	CodeQuorumAtRisk:         http.StatusConflict,
 	CodeTransferRefused:      http.StatusConflict,
 	CodePreconditionFailed:   http.StatusPreconditionFailed,
-	CodeLearnerBehind:        http.StatusPreconditionFailed,
 	CodeTooLarge:             http.StatusRequestEntityTooLarge,
 	CodeKeyTooLong:           http.StatusRequestURITooLong,
 	CodeIdempotencyMismatch:  http.StatusUnprocessableEntity,
