@@ -40,9 +40,9 @@ var fromPeers = map[raftpb.MessageType]bool{
 	raftpb.MsgTimeoutNow: true, raftpb.MsgReadIndex: true, raftpb.MsgReadIndexResp: true, raftpb.MsgPreVote: true, raftpb.MsgPreVoteResp: true,
 }
 
-// maxTerm is far above what elections can reach, and far below where raft's
-// term + 1 would start anew at 0.
-const maxTerm = 1 << 62
+// maxTermJump is more than elections can add while a member is away, and keeps
+// a made-up term from bringing raft's term + 1 near the end of its numbers.
+const maxTermJump = 1 << 32
 
 // validateMessage refuses what no member sends: raft takes its
 // peers at their word and panics. Step has the checks that need raft's state.
@@ -55,7 +55,7 @@ func (n *raftNode) validateMessage(m *raftpb.Message) error {
 		return fmt.Errorf("message for member %d reached member %d", m.GetTo(), n.id)
 	case from == 0 || from == n.id && m.GetType() != raftpb.MsgTransferLeader || raft.IsLocalMsgTarget(from):
 		return fmt.Errorf("message from %d", from)
-	case m.GetTerm() > maxTerm:
+	case m.GetTerm() > n.soft.Load().term+maxTermJump:
 		return fmt.Errorf("message of term %d", m.GetTerm())
 	case n.IsIDRemoved(from):
 		return fmt.Errorf("message from member %d, which was removed", from)

@@ -75,10 +75,11 @@ type raftNode struct {
 	snaps         snapshotSource
 	tr            transport
 	ticks         uint64
+	since         uint64            // tick of the last change of leader
 	now           soft              // as of the last Ready
 	stable        uint64            // last entry on this disk
 	committedTerm uint64            // term of the last entry published
-	unsaved       bool              // an append was stepped and is not on disk yet
+	unsaved       bool              // an append or a snapshot was stepped and is not on disk yet
 	later         []*raftpb.Message // heartbeats that wait for that
 	readSent      uint64            // highest read context sent in this term
 	queue         []*proposal       // collected, not yet proposed
@@ -266,12 +267,12 @@ func (n *raftNode) step(m *raftpb.Message) {
 		if n.raw.BasicStatus().RaftState != raft.StateLeader {
 			return
 		}
-	case raftpb.MsgApp:
+	case raftpb.MsgApp, raftpb.MsgSnap:
 		n.unsaved = true
 	case raftpb.MsgHeartbeat:
 		if n.unsaved {
-			// An append before it may have cut the log; look again when
-			// stable is exact.
+			// An append or a snapshot before it may have cut the log;
+			// look again when stable is exact.
 			n.later = append(n.later, m)
 			return
 		}
@@ -379,6 +380,7 @@ func (n *raftNode) observe(rd raft.Ready) {
 	n.changed.notify()
 	n.dropped = false
 	if n.now.lead != before.lead {
+		n.since = n.ticks
 		n.met.leaderChanges.Inc()
 		n.log.Info("leader changed", zap.Uint64("leader", n.now.lead), zap.Uint64("term", n.now.term))
 	}

@@ -206,17 +206,18 @@ func (n *raftNode) caughtUp(id uint64) (ok bool) {
 	return ok
 }
 
-// alive says whether a member was heard of lately. Only the leader hears from
-// everybody; a follower asks its connections.
+// alive says whether a member was heard of lately. Only a leader hears from
+// everybody, and a new one has not yet; the others ask their connections.
 func (n *raftNode) alive(id uint64) bool {
+	recent := uint64(2 * n.cfg.ElectionTicks)
 	if id == n.id {
 		return true
 	}
-	if n.now.state == raft.StateLeader {
+	if n.now.state == raft.StateLeader && n.ticks-n.since > recent {
 		seen, ok := n.lastSeen[id]
-		return ok && n.ticks-seen <= uint64(2*n.cfg.ElectionTicks)
+		return ok && n.ticks-seen <= recent
 	}
-	return !n.tr.ActiveSince(types.ID(id)).IsZero()
+	return n.peerActive(id)
 }
 
 // successor is the member that this leader would hand over to: the voter that

@@ -320,6 +320,7 @@ func (d *diskStore) load() (*recovered, error) {
 		}
 		if err != nil {
 			damaged = append(damaged, err)
+			d.recorded = slices.DeleteFunc(d.recorded, func(i uint64) bool { return i == e.GetIndex() })
 			d.log.Error("snapshot unusable, trying the one before", zap.Uint64("index", e.GetIndex()), zap.Error(err))
 			continue
 		}

@@ -1,0 +1,930 @@
+// long: one bench of a member without goroutines or network, and every hostile
+// message of the list below is thrown at it.
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"go.etcd.io/etcd/client/pkg/v3/types"
+	"go.etcd.io/etcd/server/v3/etcdserver/api/rafthttp"
+	"go.etcd.io/etcd/server/v3/etcdserver/api/snap"
+	stats "go.etcd.io/etcd/server/v3/etcdserver/api/v2stats"
+	"go.etcd.io/raft/v3"
+	"go.etcd.io/raft/v3/raftpb"
+	"go.uber.org/zap"
+	"google.golang.org/protobuf/proto"
+
+	"pontoon/kv"
+)
+
+var quietLog = zap.NewNop()
+
+// benchNode is member 1 of three without goroutines, disk or network: a test
+// steps it by hand and sees each effect at once.
+type benchNode struct {
+	*raftNode
+	sent []*raftpb.Message // since the last settle
+}
+
+// memFiles answers for snapshot files that do not exist. Index i is of term
+// i%3+1, so that some snapshots fit what a message says and some do not.
+type memFiles struct{ members *membership }
+
+func (f memFiles) openSnapshot(uint64) (snapFile, error) { return snapFile{}, os.ErrNotExist }
+func (f memFiles) snapshotHeader(i uint64) (snapHeader, error) {
+	return snapHeader{Index: i, Term: i%3 + 1, Members: f.members}, nil
+}
+func (f memFiles) verifySnapshot(i uint64) (snapHeader, error) { return f.snapshotHeader(i) }
+func (f memFiles) discardSnapshot(uint64) error                { return nil }
+func (f memFiles) freeBytes() (int64, error)                   { return 1 << 40, nil }
+func (f memFiles) oldestKept() uint64                          { return 0 }
+
+type memStore struct{}
+
+func (memStore) save(*raftpb.HardState, []*raftpb.Entry) error { return nil }
+func (memStore) install(*raftpb.SnapshotMetadata, *raftpb.HardState, []*raftpb.Entry) error {
+	return nil
+}
+func (memStore) saveSnapshot(*raftpb.SnapshotMetadata) error { return nil }
+func (memStore) release(uint64) error                        { return nil }
+func (memStore) close() error                                { return nil }
+
+func (b *benchNode) Send(ms []*raftpb.Message)          { b.sent = append(b.sent, ms...) }
+func (b *benchNode) SendSnapshot(*snap.Message)         {}
+func (b *benchNode) AddPeer(types.ID, []string)         {}
+func (b *benchNode) RemovePeer(types.ID)                {}
+func (b *benchNode) UpdatePeer(types.ID, []string)      {}
+func (b *benchNode) ActiveSince(types.ID) (t time.Time) { return t }
+func (b *benchNode) Stop()                              {}
+
+func newBenchNode(t testing.TB) *benchNode {
+	t.Helper()
+	m := bootstrapMembership("x", []clusterURL{{1, testURL(1)}, {2, testURL(2)}, {3, testURL(3)}})
+	r := &recovered{meta: walMetadata{Version: 1, ClusterID: m.ClusterID, MemberID: 1},
+		hard: &raftpb.HardState{Term: new(uint64(1)), Vote: new(uint64(0)), Commit: new(uint64(1))},
+		snap: snapHeader{Index: 1, Term: 1, Members: m}, state: kv.NewState()}
+	n, err := newRaftNode(defaultConfig(), 1, r, memStore{}, memFiles{m}, quietLog, newNodeMetrics(prometheus.NewRegistry()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &benchNode{raftNode: n}
+	n.tr = b
+	b.settle(t)
+	return b
+}
+
+// settle turns the loop until nothing is left to do.
+func (b *benchNode) settle(t testing.TB) {
+	t.Helper()
+	for range 1000 {
+		for _, f := range b.mail.take() {
+			f()
+		}
+		b.propose()
+		b.issueReads()
+		if !b.raw.HasReady() {
+			return
+		}
+		if err := b.ready(); err != nil {
+			t.Fatalf("ready: %v", err)
+		}
+		for len(b.commitC) > 0 {
+			<-b.commitC
+		}
+	}
+	t.Fatal("the loop does not come to rest")
+}
+
+// receive does what Process and the loop do with a message.
+func (b *benchNode) receive(m *raftpb.Message) error {
+	if err := b.validateMessage(m); err != nil {
+		return err
+	}
+	b.step(m)
+	return nil
+}
+
+func message(typ raftpb.MessageType, from, term uint64) *raftpb.Message {
+	return &raftpb.Message{Type: typ.Enum(), To: new(uint64(1)), From: new(from), Term: new(term)}
+}
+
+func entry(index, term uint64) *raftpb.Entry {
+	return &raftpb.Entry{Type: raftpb.EntryNormal.Enum(), Index: new(index), Term: new(term), Data: testBatch("k", "v")}
+}
+
+func testBatch(key, value string) []byte {
+	return kv.AppendBatch(nil, 0, 0, 0, kv.AppendCommand(nil, kv.Command{Op: kv.OpPut, Key: key, Value: []byte(value)}))
+}
+
+// lead makes the bench node leader by the votes of the others.
+func (b *benchNode) lead(t testing.TB) {
+	t.Helper()
+	for range 4 * b.cfg.ElectionTicks {
+		b.tick()
+		b.settle(t)
+		st := b.raw.BasicStatus()
+		typ, term := raftpb.MsgPreVoteResp, st.GetTerm()+1
+		switch st.RaftState {
+		case raft.StateLeader:
+			return
+		case raft.StateCandidate:
+			typ, term = raftpb.MsgVoteResp, st.GetTerm()
+		case raft.StateFollower:
+			continue
+		}
+		if err := b.receive(message(typ, 2, term)); err != nil {
+			t.Fatal(err)
+		}
+		b.settle(t)
+	}
+	t.Fatalf("no leader after all: %v", b.raw.BasicStatus())
+}
+
+// Each of these is refused at the door.
+func TestRefusedMessages(t *testing.T) {
+	b := newBenchNode(t)
+	removed := *b.members.Load()
+	removed.Removed = []uint64{8}
+	b.setMembers(&removed)
+	cc, err := change(opAdd, member{ID: 4, PeerURLs: []string{testURL(4)}, Learner: true}).confChange()
+	if err != nil {
+		t.Fatal(err)
+	}
+	disagree := proto.Clone(cc).(*raftpb.ConfChangeV2)
+	disagree.Changes[0].NodeId = new(uint64(1))
+	marshal := func(m proto.Message) []byte {
+		out, err := proto.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	with := func(m *raftpb.Message, f func(*raftpb.Message)) *raftpb.Message { f(m); return m }
+	prop := func(ents ...*raftpb.Entry) *raftpb.Message {
+		return with(message(raftpb.MsgProp, 2, 0), func(m *raftpb.Message) { m.Term, m.Entries = nil, ents })
+	}
+	read := func(data ...[]byte) *raftpb.Message {
+		return with(message(raftpb.MsgReadIndex, 2, 0), func(m *raftpb.Message) {
+			m.Term = nil
+			for _, d := range data {
+				m.Entries = append(m.Entries, &raftpb.Entry{Data: d})
+			}
+		})
+	}
+	app := func(index, logTerm uint64, ents ...*raftpb.Entry) *raftpb.Message {
+		return with(message(raftpb.MsgApp, 2, 5), func(m *raftpb.Message) {
+			m.Index, m.LogTerm, m.Entries = new(index), new(logTerm), ents
+		})
+	}
+	snapshot := func(s *raftpb.Snapshot) *raftpb.Message {
+		return with(message(raftpb.MsgSnap, 2, 5), func(m *raftpb.Message) { m.Snapshot = s })
+	}
+	meta := func(index, term uint64, cs *raftpb.ConfState) *raftpb.Message {
+		return snapshot(&raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{Index: new(index), Term: new(term), ConfState: cs}})
+	}
+	own := b.members.Load().confState()
+	conf := func(f func(*raftpb.ConfState)) *raftpb.ConfState {
+		cs := proto.Clone(own).(*raftpb.ConfState)
+		f(cs)
+		return cs
+	}
+	typed := func(typ raftpb.EntryType, data []byte) *raftpb.Entry {
+		return &raftpb.Entry{Type: typ.Enum(), Data: data}
+	}
+	bad := map[string]*raftpb.Message{
+		"empty":                            {},
+		"from nobody":                      message(raftpb.MsgHeartbeat, 0, 5),
+		"from self":                        message(raftpb.MsgHeartbeat, 1, 5),
+		"a vote from self":                 message(raftpb.MsgVoteResp, 1, 5),
+		"from LocalAppendThread":           message(raftpb.MsgAppResp, 1<<64-1, 5),
+		"from LocalApplyThread":            message(raftpb.MsgAppResp, 1<<64-2, 5),
+		"from a removed member":            message(raftpb.MsgVote, 8, 5),
+		"to another member":                with(message(raftpb.MsgHeartbeat, 2, 5), func(m *raftpb.Message) { m.To = new(uint64(3)) }),
+		"to nobody":                        with(message(raftpb.MsgHeartbeat, 2, 5), func(m *raftpb.Message) { m.To = nil }),
+		"proposal without entries":         prop(),
+		"proposal with a nil entry":        prop(nil),
+		"proposal with a good and a nil":   prop(entry(0, 0), nil),
+		"proposal of no batch":             prop(typed(raftpb.EntryNormal, []byte("garbage"))),
+		"proposal of an empty entry":       prop(typed(raftpb.EntryNormal, nil)),
+		"proposal of a cut batch":          prop(typed(raftpb.EntryNormal, testBatch("k", "v")[:5])),
+		"conf change of garbage":           prop(typed(raftpb.EntryConfChangeV2, []byte{0xff})),
+		"conf change of nothing":           prop(typed(raftpb.EntryConfChangeV2, nil)),
+		"conf change whose parts disagree": prop(typed(raftpb.EntryConfChangeV2, marshal(disagree))),
+		"conf change of the first kind":    prop(typed(raftpb.EntryConfChange, marshal(&raftpb.ConfChange{NodeId: new(uint64(2))}))),
+		"entry of an unknown type":         prop(typed(9, testBatch("k", "v"))),
+		"proposal with a term":             with(prop(entry(0, 0)), func(m *raftpb.Message) { m.Term = new(uint64(5)) }),
+		"read with a term":                 with(read([]byte("x")), func(m *raftpb.Message) { m.Term = new(uint64(5)) }),
+		"read from nobody":                 with(read([]byte("x")), func(m *raftpb.Message) { m.From = nil }),
+		"read without entries":             read(),
+		"read with two entries":            read([]byte("x"), []byte("y")),
+		"read with an empty context":       read(nil),
+		"read with a long context":         read(make([]byte, 65)),
+		"read with a nil entry":            with(read(), func(m *raftpb.Message) { m.Entries = []*raftpb.Entry{nil} }),
+		"answer to a read, empty":          message(raftpb.MsgReadIndexResp, 2, 5),
+		"append with a gap":                app(1, 1, entry(3, 5)),
+		"append with a gap later":          app(1, 1, entry(2, 5), entry(4, 5)),
+		"append that repeats an index":     app(1, 1, entry(2, 5), entry(2, 5)),
+		"append with falling terms":        app(1, 1, entry(2, 5), entry(3, 4)),
+		"append below its base":            app(1, 3, entry(2, 2)),
+		"append beyond its own term":       app(1, 1, entry(2, 6)),
+		"append with a nil entry":          app(1, 1, nil),
+		"append with an unknown type":      app(1, 1, &raftpb.Entry{Type: raftpb.EntryType(9).Enum(), Index: new(uint64(2)), Term: new(uint64(5))}),
+		"append with an old conf change":   app(1, 1, &raftpb.Entry{Type: raftpb.EntryConfChange.Enum(), Index: new(uint64(2)), Term: new(uint64(5))}),
+		"append at the end of numbers":     app(1<<64-1, 1, entry(1, 5)),
+		"nil snapshot":                     snapshot(nil),
+		"nil metadata":                     snapshot(&raftpb.Snapshot{}),
+		"snapshot at 0":                    meta(0, 1, own),
+		"snapshot of term 0":               meta(10, 0, own),
+		"snapshot of the future":           meta(10, 6, own),
+		"snapshot of another term":         meta(10, 3, own), // memFiles: 10 is of term 2
+		"snapshot without a conf":          meta(10, 2, nil),
+		"snapshot of other voters":         meta(10, 2, conf(func(c *raftpb.ConfState) { c.Voters = c.Voters[:2] })),
+		"snapshot of a voter twice":        meta(10, 2, conf(func(c *raftpb.ConfState) { c.Voters = append(c.Voters, 3) })),
+		"snapshot amid joint consensus":    meta(10, 2, conf(func(c *raftpb.ConfState) { c.VotersOutgoing = []uint64{1} })),
+		"snapshot with a learner to be":    meta(10, 2, conf(func(c *raftpb.ConfState) { c.LearnersNext = []uint64{9} })),
+		"snapshot that leaves by itself":   meta(10, 2, conf(func(c *raftpb.ConfState) { c.AutoLeave = new(true) })),
+		// Raft counts on from there and would wrap around to 0, which it
+		// panics over; the term is on disk by then, so it would for ever.
+		"a vote in the last term":      message(raftpb.MsgVote, 2, 1<<64-1),
+		"a vote in half the last term": message(raftpb.MsgVote, 2, 1<<63),
+		"a heartbeat in the last term": message(raftpb.MsgHeartbeat, 2, 1<<64-1),
+		"a refusal in the last term":   with(message(raftpb.MsgAppResp, 2, 1<<64-2), func(m *raftpb.Message) { m.Reject = new(true) }),
+	}
+	for _, typ := range []raftpb.MessageType{raftpb.MsgHup, raftpb.MsgBeat, raftpb.MsgUnreachable, raftpb.MsgSnapStatus, raftpb.MsgCheckQuorum,
+		raftpb.MsgStorageAppend, raftpb.MsgStorageAppendResp, raftpb.MsgStorageApply, raftpb.MsgStorageApplyResp, raftpb.MsgForgetLeader, 99, -1} {
+		bad[fmt.Sprintf("local type %v", typ)] = message(typ, 2, 5)
+	}
+	for typ := range fromPeers {
+		if typ != raftpb.MsgProp && typ != raftpb.MsgReadIndex {
+			bad[fmt.Sprintf("%v without a term", typ)] = message(typ, 2, 0)
+		}
+	}
+	for size := range 20 {
+		if size != 0 && size != 8 {
+			for _, typ := range []raftpb.MessageType{raftpb.MsgHeartbeat, raftpb.MsgHeartbeatResp} {
+				bad[fmt.Sprintf("%v with %d bytes of context", typ, size)] = with(message(typ, 2, 5), func(m *raftpb.Message) { m.Context = make([]byte, size) })
+			}
+		}
+	}
+	for name, m := range bad {
+		t.Run(name, func(t *testing.T) {
+			before := proto.Clone(m)
+			err := b.Process(context.Background(), m)
+			var answer badMessage
+			if !errors.As(err, &answer) {
+				t.Fatalf("took it: %v", err)
+			}
+			rec := httptest.NewRecorder()
+			answer.WriteTo(rec)
+			if rec.Code != http.StatusBadRequest {
+				t.Errorf("answers %d", rec.Code)
+			}
+			if !proto.Equal(before, m) {
+				t.Error("changed the message")
+			}
+		})
+	}
+	if len(b.recvC) != 0 {
+		t.Fatalf("%d refused messages reached the loop", len(b.recvC))
+	}
+	good := map[string]*raftpb.Message{
+		"proposal":   prop(entry(0, 0)),
+		"change":     prop(typed(raftpb.EntryConfChangeV2, marshal(cc))),
+		"read":       read([]byte("0123456789abcdef")),
+		"append":     app(1, 1, entry(2, 1), entry(3, 5)),
+		"snapshot":   meta(10, 2, own),
+		"heartbeat":  with(message(raftpb.MsgHeartbeat, 2, 5), func(m *raftpb.Message) { m.Context = make([]byte, 8) }),
+		"transfer":   message(raftpb.MsgTransferLeader, 1, 5), // names who shall lead
+		"a new peer": message(raftpb.MsgVote, 77, 5),          // we may not have heard of it yet
+	}
+	for name, m := range good {
+		if err := b.validateMessage(m); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// What passes the door and needs raft's own state to be judged: none of these
+// ends the process, moves the commit index or makes raft count what is not there.
+func TestMessagesThatNeedState(t *testing.T) {
+	beat := func(from, term, commit uint64) *raftpb.Message {
+		m := message(raftpb.MsgHeartbeat, from, term)
+		m.Commit = new(commit)
+		return m
+	}
+	appendTo := func(from, term, index, logTerm uint64, ents ...*raftpb.Entry) *raftpb.Message {
+		m := message(raftpb.MsgApp, from, term)
+		m.Index, m.LogTerm, m.Entries = new(index), new(logTerm), ents
+		return m
+	}
+	follow := func(t *testing.T, b *benchNode) { // leader 2, entries 2..5 of term 2, none committed
+		if err := b.receive(appendTo(2, 2, 1, 1, entry(2, 2), entry(3, 2), entry(4, 2), entry(5, 2))); err != nil {
+			t.Fatal(err)
+		}
+		b.settle(t)
+	}
+	ack := func(from, index uint64) *raftpb.Message {
+		m := message(raftpb.MsgAppResp, from, 2)
+		m.Index = new(index)
+		return m
+	}
+	commit := func(t *testing.T, b *benchNode, want uint64) {
+		t.Helper()
+		b.settle(t)
+		if got := b.raw.BasicStatus().GetCommit(); got != want {
+			t.Errorf("commit %d, want %d", got, want)
+		}
+	}
+	for name, f := range map[string]func(*testing.T, *benchNode){
+		"a heartbeat commits beyond the log": func(t *testing.T, b *benchNode) {
+			follow(t, b)
+			b.receive(beat(2, 2, 6))
+			b.receive(beat(2, 2, 1<<64-1))
+			b.receive(beat(3, 7, 6)) // of a later leader
+			commit(t, b, 1)
+		},
+		"a heartbeat commits what an append has just cut off": func(t *testing.T, b *benchNode) {
+			follow(t, b)
+			b.receive(appendTo(3, 3, 2, 2, entry(3, 3))) // the log ends at 3 now, the disk at 5
+			b.receive(beat(3, 3, 5))
+			b.settle(t)
+			if got := b.raw.BasicStatus().GetCommit(); got > 3 {
+				t.Errorf("commit %d", got)
+			}
+		},
+		"a heartbeat commits what a snapshot has just cut off": func(t *testing.T, b *benchNode) {
+			var ents []*raftpb.Entry
+			for i := uint64(2); i <= 20; i++ {
+				ents = append(ents, entry(i, 2))
+			}
+			if err := b.receive(appendTo(2, 2, 1, 1, ents...)); err != nil {
+				t.Fatal(err)
+			}
+			b.settle(t)
+			m := message(raftpb.MsgSnap, 3, 3) // replaces the log, which ends at 8 now, and the disk at 20
+			m.Snapshot = &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{Index: new(uint64(8)), Term: new(uint64(3)), ConfState: b.members.Load().confState()}}
+			if err := b.receive(m); err != nil {
+				t.Fatal(err)
+			}
+			b.receive(beat(3, 3, 20))
+			commit(t, b, 8)
+		},
+		"an append commits beyond itself": func(t *testing.T, b *benchNode) {
+			m := appendTo(2, 2, 1, 1, entry(2, 2))
+			m.Commit = new(uint64(1 << 60))
+			b.receive(m)
+			commit(t, b, 2)
+		},
+		"an append onto nothing": func(t *testing.T, b *benchNode) {
+			b.receive(appendTo(2, 2, 1<<64-2, 1))
+			b.receive(appendTo(2, 2, 100, 1, entry(101, 2)))
+			commit(t, b, 1)
+		},
+		"a transfer by a follower": func(t *testing.T, b *benchNode) {
+			follow(t, b)
+			b.receive(message(raftpb.MsgTransferLeader, 3, 2))
+			b.settle(t)
+		},
+		"a transfer right after a leader was deposed": func(t *testing.T, b *benchNode) {
+			b.lead(t)
+			b.receive(beat(2, 3, 1))
+			b.receive(message(raftpb.MsgTransferLeader, 3, 3)) // raft would forward it, and panic over its term
+			b.settle(t)
+		},
+		"an acknowledgement beyond the leader's log": func(t *testing.T, b *benchNode) {
+			b.lead(t)
+			b.receive(ack(2, 1000))
+			b.settle(t)
+			commit(t, b, 1) // 2 cannot have it: its word counts for nothing
+			b.receive(ack(3, 2))
+			commit(t, b, 2)
+			if err := b.raw.Propose(testBatch("k", "v")); err != nil {
+				t.Fatal(err)
+			}
+			commit(t, b, 2) // one voter of three has entry 3
+		},
+		"a refusal with a hint beyond the log": func(t *testing.T, b *benchNode) {
+			b.lead(t)
+			for _, hint := range []uint64{3, 1000, 1<<64 - 1} {
+				m := ack(2, 1)
+				m.Reject, m.RejectHint, m.LogTerm = new(true), new(hint), new(uint64(1))
+				b.receive(m)
+				b.settle(t)
+			}
+			commit(t, b, 1)
+		},
+		"heartbeat answers with contexts that nobody sent": func(t *testing.T, b *benchNode) {
+			b.lead(t)
+			b.receive(ack(2, 2))
+			b.settle(t)
+			for _, ctx := range []uint64{1, 7, 1<<64 - 1} {
+				for _, from := range []uint64{2, 3} {
+					m := message(raftpb.MsgHeartbeatResp, from, 2)
+					m.Context = binary.LittleEndian.AppendUint64(nil, ctx)
+					b.receive(m)
+				}
+				b.settle(t)
+			}
+			commit(t, b, 2)
+		},
+		"a snapshot that is behind": func(t *testing.T, b *benchNode) {
+			follow(t, b)
+			b.receive(beat(2, 2, 5))
+			commit(t, b, 5)
+			m := message(raftpb.MsgSnap, 2, 2)
+			m.Snapshot = &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{Index: new(uint64(4)), Term: new(uint64(2)), ConfState: b.members.Load().confState()}}
+			b.receive(m)
+			commit(t, b, 5)
+		},
+		"a read without a leader, and many at one without a commit": func(t *testing.T, b *benchNode) {
+			m := message(raftpb.MsgReadIndex, 2, 0)
+			m.Term, m.Entries = nil, []*raftpb.Entry{{Data: []byte("x")}}
+			b.receive(proto.Clone(m).(*raftpb.Message))
+			b.settle(t)
+			b.lead(t)
+			for range 100 {
+				b.receive(proto.Clone(m).(*raftpb.Message))
+			}
+			b.settle(t)
+			b.receive(ack(2, 2))
+			commit(t, b, 2)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBenchNode(t)
+			defer func() {
+				if r := recover(); r != nil {
+					t.Errorf("the process would have ended: %v", r)
+				}
+			}()
+			f(t, b)
+			for range 100 { // whatever it left behind, elections still work
+				b.tick()
+				b.settle(t)
+			}
+		})
+	}
+}
+
+// A member that was lied to about terms can still be elected: whatever it takes
+// from one message leaves room for more elections than there will be. The term
+// is on disk by then, and with the majority soon.
+func TestTermJumpIsSurvived(t *testing.T) {
+	for _, term := range []uint64{1 << 20, 1 << 40, 1 << 61, 1<<62 - 1, 1 << 62, 1<<62 + 1, 1 << 63, 1<<64 - 1} {
+		for _, typ := range []raftpb.MessageType{raftpb.MsgVote, raftpb.MsgHeartbeat, raftpb.MsgAppResp} {
+			b := newBenchNode(t)
+			if err := b.receive(message(typ, 2, term)); err != nil {
+				continue // refused: as good
+			}
+			b.settle(t)
+			for range 3 {
+				st := b.raw.BasicStatus()
+				if err := b.receive(message(raftpb.MsgVote, 3, st.GetTerm()+1)); err != nil {
+					t.Errorf("after %v of term %d nobody can be elected any more: %v", typ, term, err)
+					break
+				}
+				b.settle(t)
+			}
+		}
+	}
+}
+
+// peerPort is the peer port of a running member, as newServer builds it.
+func peerPort(t *testing.T, n *testNode) (*httptest.Server, *rafthttp.Transport) {
+	t.Helper()
+	own, err := types.NewURLs([]string{testURL(n.id)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	tr := &rafthttp.Transport{Logger: quietLog, DialTimeout: time.Second, ID: types.ID(n.id), URLs: own,
+		ClusterID: types.ID(n.node.members.Load().ClusterID), Raft: n.node, Snapshotter: snap.New(quietLog, n.disk.snapDir()),
+		ServerStats: stats.NewServerStats("x", "x"), LeaderStats: stats.NewLeaderStats(quietLog, "x"), ErrorC: make(chan error, 1)}
+	if err := tr.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(tr.Stop)
+	srv := httptest.NewUnstartedServer(n.node.peerHandler(tr.Handler()))
+	srv.Config.ErrorLog = zap.NewStdLog(quietLog)
+	srv.Start()
+	t.Cleanup(srv.Close)
+	return srv, tr
+}
+
+// unhurt runs f against member n and shows that n is what it was before.
+func (n *testNode) unhurt(t *testing.T, f func()) {
+	t.Helper()
+	type view struct {
+		soft    soft
+		members *membership
+		commit  uint64
+	}
+	look := func() (v view) {
+		if err := n.node.do(n.c.ctx(), func() {
+			v = view{n.node.now, n.node.members.Load(), n.node.raw.BasicStatus().GetCommit()}
+		}); err != nil {
+			t.Fatalf("the loop has ended: %v", err)
+		}
+		return v
+	}
+	before := look()
+	f()
+	if after := look(); after != before {
+		t.Errorf("it changed %+v into %+v", before, after)
+	}
+}
+
+func TestPeerPortRefuses(t *testing.T) {
+	// Seldom elections: the term is compared before and after.
+	c := newCluster(t, 3, func(cfg *Config) { cfg.ElectionTicks = 20 })
+	l := c.leader()
+	if err := l.store.removeMember(c.ctx(), c.follower().id, false); err != nil {
+		t.Fatal(err)
+	}
+	var gone *testNode
+	c.wait("the removed member's end", func() bool {
+		for id, n := range c.nodes {
+			if l.node.IsIDRemoved(id) {
+				gone = n
+			}
+		}
+		return gone != nil
+	})
+	c.wantRemoved(gone.id)
+	l = c.leader()
+	var other uint64
+	for id := range c.nodes {
+		if id != l.id {
+			other = id
+		}
+	}
+	l.mustPut("k", "v")
+	for _, n := range c.nodes {
+		<-n.store.applied.Wait(l.store.applied.At())
+	}
+	srv, tr := peerPort(t, l)
+	cluster := tr.ClusterID.String()
+	client := srv.Client()
+	client.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+	client.Timeout = 10 * time.Second
+
+	type head map[string]string
+	ok := head{"X-Etcd-Cluster-Id": cluster, "X-Server-Version": "3.7.0", "X-Min-Cluster-Version": "3.0.0", "X-Server-From": types.ID(other).String(), "X-Raft-To": tr.ID.String()}
+	but := func(k, v string) head {
+		h := head{}
+		for key, value := range ok {
+			h[key] = value
+		}
+		h[k] = v
+		return h
+	}
+	frame := func(m *raftpb.Message, body string) io.Reader { // as rafthttp streams a snapshot
+		b, err := proto.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return io.MultiReader(bytes.NewReader(binary.BigEndian.AppendUint64(nil, uint64(len(b)))), bytes.NewReader(b), strings.NewReader(body))
+	}
+	snapMsg := func(s *raftpb.Snapshot) *raftpb.Message {
+		return &raftpb.Message{Type: raftpb.MsgSnap.Enum(), From: new(other), To: new(l.id), Term: new(uint64(50)), Snapshot: s}
+	}
+	at := func(index uint64) *raftpb.Snapshot {
+		return &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{Index: new(index), Term: new(uint64(1)), ConfState: l.node.members.Load().confState()}}
+	}
+	garbage := strings.Repeat("\xff\x00garbage", 100)
+	stream := func(id uint64) string { return "/raft/stream/msgapp/" + types.ID(id).String() }
+	for _, x := range []struct {
+		name, method, path string
+		head               head
+		body               io.Reader
+		want               int
+	}{
+		{"garbage", "POST", "/raft", ok, strings.NewReader(garbage), 400},
+		{"nothing", "POST", "/raft", ok, nil, 400},
+		{"wrong method", "GET", "/raft", ok, nil, 405},
+		{"wrong cluster", "POST", "/raft", but("X-Etcd-Cluster-Id", "1234"), strings.NewReader(garbage), 412},
+		{"wrong cluster, stream", "GET", stream(other), but("X-Etcd-Cluster-Id", "1234"), nil, 412},
+		{"wrong cluster, snapshot", "POST", "/raft/snapshot", but("X-Etcd-Cluster-Id", "1234"), strings.NewReader(garbage), 412},
+		{"no cluster", "POST", "/raft", head{}, strings.NewReader(garbage), 412},
+		{"version of letters", "POST", "/raft", but("X-Server-Version", "abc"), strings.NewReader(garbage), 400},
+		{"version of two numbers", "GET", stream(other), but("X-Server-Version", "3.7"), nil, 400},
+		{"least version of letters", "POST", "/raft/snapshot", but("X-Min-Cluster-Version", "a.b.c"), nil, 400},
+		{"version from long ago", "POST", "/raft", but("X-Server-Version", "2.0.0"), strings.NewReader(garbage), 412},
+		{"huge", "POST", "/raft", ok, bytes.NewReader(make([]byte, 70<<20)), 400},
+		{"huge, without a length", "POST", "/raft", ok, io.LimitReader(zeros{}, 70<<20), 400},
+		{"stream of nobody", "GET", stream(77), ok, nil, 404},
+		{"stream of no id", "GET", "/raft/stream/msgapp/xyz", ok, nil, 404},
+		{"stream of no kind", "GET", "/raft/stream/xyz/2", ok, nil, 404},
+		{"stream by POST", "POST", stream(other), ok, strings.NewReader(garbage), 405},
+		{"stream of a removed member", "GET", stream(gone.id), ok, nil, 410},
+		{"snapshot of garbage", "POST", "/raft/snapshot", ok, strings.NewReader(garbage), 400},
+		{"snapshot of nothing", "POST", "/raft/snapshot", ok, nil, 400},
+		{"snapshot that claims 2^63 bytes", "POST", "/raft/snapshot", ok, strings.NewReader("\x80\x00\x00\x00\x00\x00\x00\x00x"), 400},
+		{"snapshot that is none", "POST", "/raft/snapshot", ok, frame(message(raftpb.MsgHeartbeat, other, 5), ""), 400},
+		{"nil snapshot", "POST", "/raft/snapshot", ok, frame(snapMsg(nil), garbage), 400},
+		{"nil metadata", "POST", "/raft/snapshot", ok, frame(snapMsg(&raftpb.Snapshot{}), garbage), 400},
+		{"snapshot file of garbage", "POST", "/raft/snapshot", ok, frame(snapMsg(at(1<<40)), garbage), 400},
+		{"snapshot file of garbage, from a removed member", "POST", "/raft/snapshot", ok, frame(func() *raftpb.Message {
+			m := snapMsg(at(1 << 41))
+			m.From = new(gone.id)
+			return m
+		}(), garbage), 400},
+		{"unknown path", "GET", "/raft/xyz", ok, nil, 404},
+		{"root", "GET", "/", ok, nil, 404},
+		{"path that is not clean", "POST", "//raft/../raft", ok, strings.NewReader(garbage), 0},
+	} {
+		t.Run(x.name, func(t *testing.T) {
+			l.unhurt(t, func() {
+				req, err := http.NewRequest(x.method, srv.URL+x.path, x.body)
+				if err != nil {
+					t.Fatal(err)
+				}
+				for k, v := range x.head {
+					req.Header.Set(k, v)
+				}
+				resp, err := client.Do(req)
+				if err != nil {
+					t.Fatalf("no answer: %v", err)
+				}
+				defer resp.Body.Close()
+				if x.want != 0 && resp.StatusCode != x.want {
+					body, _ := io.ReadAll(io.LimitReader(resp.Body, 200))
+					t.Errorf("answers %d %q, want %d", resp.StatusCode, body, x.want)
+				}
+				// To rafthttp on the other side these say "you were removed".
+				if x.want != 410 && (resp.StatusCode == 403 || resp.StatusCode == 410) {
+					t.Errorf("answers %d", resp.StatusCode)
+				}
+			})
+		})
+	}
+	// What came with refused snapshots must not stay: SaveDBFrom would keep it
+	// in place of a good file of the same index.
+	if _, err := os.Stat(l.disk.snapPath(1 << 40)); err == nil {
+		t.Errorf("the refused file %s stays", filepath.Base(l.disk.snapPath(1<<40)))
+	}
+	l.mustPut("k", "w")
+	l.mustGet("k", "w")
+	c.check()
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
+
+// A caller that knows the cluster id must not make us send to its address.
+func TestPeerURLHeaderRegistersNobody(t *testing.T) {
+	c := newCluster(t, 1, nil)
+	l := c.leader()
+	srv, tr := peerPort(t, l)
+	for _, path := range []string{"/raft", "/raft/snapshot", "/raft/stream/message/4d"} {
+		method := "POST"
+		if strings.Contains(path, "stream") {
+			method = "GET"
+		}
+		req, err := http.NewRequest(method, srv.URL+path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("X-Etcd-Cluster-ID", tr.ClusterID.String())
+		req.Header.Set("X-Server-Version", "3.7.0")
+		req.Header.Set("X-Min-Cluster-Version", "3.0.0")
+		req.Header.Set("X-Server-From", "4d")
+		req.Header["X-Peerurls"] = []string{"http://192.0.2.1:1"}
+		req.Header["x-peerURLS"] = []string{"http://192.0.2.1:1"}
+		resp, err := srv.Client().Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if tr.ActivePeers() != 0 || tr.Get(77) != nil || !tr.ActiveSince(77).IsZero() {
+			t.Errorf("%s registered a peer", path)
+		}
+		// Remotes are not listed: one that was registered would be dialled, and
+		// a stream from it would be answered with other than "not found".
+	}
+	l.mustPut("k", "v")
+}
+
+// Hostile messages through Process against a running leader and follower.
+func TestProcessLeavesClusterAlone(t *testing.T) {
+	c := newCluster(t, 3, func(cfg *Config) { cfg.ElectionTicks = 20 })
+	l, f := c.leader(), c.follower()
+	l.mustPut("k", "v")
+	for _, n := range c.nodes {
+		<-n.store.applied.Wait(l.store.applied.At())
+	}
+	term := l.node.soft.Load().term
+	for _, n := range []*testNode{l, f} {
+		from := l.id
+		if n == l {
+			from = f.id
+		}
+		to := func(m *raftpb.Message) *raftpb.Message { m.To = new(n.id); return m }
+		far := to(message(raftpb.MsgHeartbeat, from, term))
+		far.Commit = new(uint64(1 << 40))
+		old := to(message(raftpb.MsgApp, from, 1))
+		prop := to(message(raftpb.MsgProp, from, 0))
+		prop.Entries = []*raftpb.Entry{{Type: raftpb.EntryConfChangeV2.Enum(), Data: []byte{0xff}}}
+		hint := to(message(raftpb.MsgAppResp, from, term))
+		hint.Reject, hint.RejectHint, hint.Index = new(true), new(uint64(1<<40)), new(uint64(1<<40))
+		for _, m := range []*raftpb.Message{far, old, prop, hint, to(message(raftpb.MsgVoteResp, from, term)), to(message(raftpb.MsgHup, from, term)),
+			to(message(raftpb.MsgPreVoteResp, from, term)), to(message(raftpb.MsgTransferLeader, n.id, term)), to(message(raftpb.MsgHeartbeatResp, from, term))} {
+			n.unhurt(t, func() {
+				if err := n.node.Process(c.ctx(), m); err != nil {
+					t.Logf("%v: %v", m.GetType(), err)
+				}
+				if err := n.node.do(c.ctx(), func() {}); err != nil { // it has been stepped
+					t.Fatal(err)
+				}
+			})
+		}
+		n.mustPut("k", fmt.Sprint(n.id))
+		for _, o := range c.nodes {
+			<-o.store.applied.Wait(n.store.applied.At())
+		}
+	}
+	c.check()
+}
+
+// A peer's message queue that overflows drops and counts; nothing blocks.
+func TestFullQueueDrops(t *testing.T) {
+	b := newBenchNode(t)
+	for range recvQueue + 10 {
+		if err := b.Process(context.Background(), message(raftpb.MsgHeartbeat, 2, 5)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(b.recvC) != recvQueue {
+		t.Fatalf("%d messages wait", len(b.recvC))
+	}
+}
+
+func TestClusterInfo(t *testing.T) {
+	c := newCluster(t, 1, nil)
+	l := c.leader()
+	srv, _ := peerPort(t, l)
+	for _, body := range []string{"", "garbage", strings.Repeat("x", 1<<20)} {
+		resp, err := http.Post(srv.URL+clusterInfoPath, "x/y", strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var info clusterInfo
+		err = json.NewDecoder(resp.Body).Decode(&info)
+		resp.Body.Close()
+		if err != nil || info.Member != 1 || info.Members.ClusterID != l.node.members.Load().ClusterID {
+			t.Fatalf("%+v %v", info, err)
+		}
+	}
+	// A joiner that waits for its own table has none to give.
+	empty := newBenchNode(t)
+	empty.setMembers(&membership{ClusterID: 7})
+	rec := httptest.NewRecorder()
+	empty.peerHandler(http.NotFoundHandler()).ServeHTTP(rec, httptest.NewRequest("GET", clusterInfoPath, nil))
+	if rec.Code != http.StatusServiceUnavailable {
+		t.Fatalf("a joiner answers %d", rec.Code)
+	}
+}
+
+// FuzzPeerMessage feeds what one peer, or several, might send to a member that
+// is stepped by hand. data is a script: see fuzzMessage. Nothing may panic, the
+// commit index never falls, and what is committed is in the log.
+func FuzzPeerMessage(f *testing.F) {
+	for _, m := range []*raftpb.Message{message(raftpb.MsgHeartbeat, 2, 2), message(raftpb.MsgProp, 2, 0), message(raftpb.MsgSnap, 3, 1<<63)} {
+		b, err := proto.Marshal(m)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(append([]byte{3, byte(len(b))}, b...))
+	}
+	f.Add([]byte{0, 1, 2})
+	f.Add(bytes.Repeat([]byte{1, 0, 1, 4, 0, 4, 2, 3, 1, 0}, 8))
+	f.Add(bytes.Repeat([]byte{1, 1, 3, 2, 0, 0, 4, 4, 9, 9, 0, 2, 0}, 8))
+	f.Add(append(bytes.Repeat([]byte{0, 9}, 6), bytes.Repeat([]byte{1, 8, 0, 2, 7, 0, 1, 0, 0, 2}, 6)...))
+	f.Add([]byte{4, 1, 9, 2, 1, 0, 0, 0, 7, 3, 0, 2, 1, 9, 3, 1, 0, 0, 0, 7, 3, 0, 2})
+	f.Fuzz(func(t *testing.T, data []byte) {
+		b := newBenchNode(t)
+		r := bytes.NewReader(data)
+		var commit uint64
+		for range 200 {
+			op, err := r.ReadByte()
+			if err != nil {
+				break
+			}
+			switch op % 5 {
+			case 0:
+				n, _ := r.ReadByte()
+				for range n % 12 {
+					b.tick()
+					b.settle(t)
+				}
+			case 1:
+				if m := fuzzMessage(b, r); b.receive(m) == nil && op&64 == 0 {
+					b.settle(t) // else the next one comes in the same turn
+				}
+			case 2:
+				b.settle(t)
+			case 3:
+				n, _ := r.ReadByte()
+				raw := make([]byte, n)
+				k, _ := r.Read(raw)
+				m := &raftpb.Message{}
+				if proto.Unmarshal(raw[:k], m) == nil {
+					m.To = new(uint64(1))
+					_ = b.receive(m) // most are refused
+				}
+			case 4:
+				b.lead(t)
+				b.settle(t)
+			}
+			st := b.raw.BasicStatus()
+			if st.GetCommit() < commit {
+				t.Fatalf("commit fell from %d to %d", commit, st.GetCommit())
+			}
+			commit = st.GetCommit()
+		}
+		b.settle(t)
+		if last, err := b.mem.LastIndex(); err != nil || last < commit {
+			t.Fatalf("the log ends at %d, commit is %d, %v", last, commit, err)
+		}
+	})
+}
+
+// fuzzMessage draws a message whose numbers lie near those that matter: the
+// term, the end of the log, the commit index, the ends of the number range.
+func fuzzMessage(b *benchNode, r *bytes.Reader) *raftpb.Message {
+	next := func() uint64 {
+		x, _ := r.ReadByte()
+		return uint64(x)
+	}
+	st := b.raw.BasicStatus()
+	near := func(base uint64) uint64 {
+		switch x := next(); {
+		case x < 16:
+			return base + x%8 - x/8*4 // base-4 … base+7
+		case x == 16:
+			return 1<<64 - 1
+		case x == 17:
+			return 1 << 62
+		default:
+			return x % 16
+		}
+	}
+	kinds := []raftpb.MessageType{raftpb.MsgApp, raftpb.MsgHeartbeat, raftpb.MsgSnap, raftpb.MsgProp, raftpb.MsgAppResp, raftpb.MsgVote, raftpb.MsgVoteResp,
+		raftpb.MsgPreVote, raftpb.MsgPreVoteResp, raftpb.MsgHeartbeatResp, raftpb.MsgReadIndex, raftpb.MsgReadIndexResp, raftpb.MsgTransferLeader, raftpb.MsgTimeoutNow}
+	typ := kinds[next()%uint64(len(kinds))]
+	m := message(typ, next()%5+1, near(st.GetTerm()))
+	m.Index, m.LogTerm, m.Commit = new(near(b.stable)), new(near(st.GetTerm())), new(near(st.GetCommit()))
+	flags := next()
+	m.Reject, m.RejectHint = new(flags&1 != 0), new(near(b.stable))
+	if flags&2 != 0 {
+		m.Context = binary.LittleEndian.AppendUint64(nil, near(1))
+	} else if flags&4 != 0 {
+		m.Context = []byte("CampaignTransfer")
+	}
+	switch typ {
+	case raftpb.MsgProp, raftpb.MsgReadIndex, raftpb.MsgReadIndexResp:
+		if typ != raftpb.MsgReadIndexResp {
+			m.Term = nil
+		}
+		e := &raftpb.Entry{Data: testBatch("k", "v")}
+		if typ == raftpb.MsgProp && flags&8 != 0 {
+			op := []memberOp{opAdd, opRemove, opPromote, opUpdate}[next()%4]
+			id := next() % 6
+			if cc, err := change(op, member{ID: id, PeerURLs: []string{testURL(id + next()%2)}, Learner: flags&16 != 0}).confChange(); err == nil {
+				data, err := proto.Marshal(cc)
+				if err == nil {
+					e = &raftpb.Entry{Type: raftpb.EntryConfChangeV2.Enum(), Data: data}
+				}
+			}
+		}
+		m.Entries = []*raftpb.Entry{e}
+	case raftpb.MsgApp:
+		term := m.GetLogTerm()
+		for i := range next() % 4 {
+			term = max(term, near(st.GetTerm()))
+			m.Entries = append(m.Entries, entry(m.GetIndex()+1+i, min(term, m.GetTerm())))
+		}
+	case raftpb.MsgSnap:
+		h, _ := b.snaps.snapshotHeader(m.GetIndex())
+		m.Snapshot = h.raftSnapshot()
+		if flags&32 != 0 {
+			m.Snapshot.Metadata.ConfState.LearnersNext = []uint64{next()}
+		}
+	}
+	return m
+}
