@@ -1168,6 +1168,28 @@ func TestProcessWipedVoter(t *testing.T) {
 	badStart{1, fmt.Sprintf("member %d", id)}.check(t, p)
 }
 
+// The same without --join: it would found itself anew, and vote again.
+func TestProcessWipedFounder(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, 3, 0)
+	s.start(1, 2, 3)
+	id := s.others(s.leader())[0]
+	asked := s.others(id)[0]
+	waitFor(t, "the cluster to know that the member has data", func() bool {
+		info, err := askPeer(t.Context(), peerClient(), s.peers[asked-1])
+		if err != nil {
+			return false
+		}
+		m, _ := info.Members.get(uint64(id))
+		return m.Started
+	})
+	s.nodes[id].crash()
+	if err := os.RemoveAll(s.data(id)); err != nil {
+		t.Fatal(err)
+	}
+	badStart{1, "its data is lost"}.check(t, s.spawn(id))
+}
+
 // The leader itself can be removed, under load, and a cluster can shrink to
 // members that the list of its first day does not name.
 func TestProcessRemoveLeader(t *testing.T) {
