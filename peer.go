@@ -144,7 +144,7 @@ func validateAppend(m *raftpb.Message) error {
 func (n *raftNode) validateSnapshot(m *raftpb.Message) error {
 	meta := m.GetSnapshot().GetMetadata()
 	index := meta.GetIndex()
-	if index == 0 || meta.GetTerm() == 0 || meta.GetTerm() > m.GetTerm() {
+	if index == 0 || index >= 1<<63 || meta.GetTerm() == 0 || meta.GetTerm() > m.GetTerm() {
 		return fmt.Errorf("snapshot of index %d and term %d", index, meta.GetTerm())
 	}
 	h, err := n.snaps.verifySnapshot(index)

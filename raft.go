@@ -270,7 +270,7 @@ func (n *raftNode) step(m *raftpb.Message) {
 	case raftpb.MsgApp, raftpb.MsgSnap:
 		n.unsaved = true
 	case raftpb.MsgHeartbeat:
-		if n.unsaved {
+		if n.unsaved && n.raw.HasReady() {
 			// An append or a snapshot before it may have cut the log;
 			// look again when stable is exact.
 			n.later = append(n.later, m)
