@@ -27,6 +27,12 @@ var (
 	errDiskLow              = errors.New("the disk of this member is nearly full")
 	errUnsupported          = errors.New("this member does not support the request")
 
+	// errReadTimeout ends a read, or a request that had changed nothing yet.
+	errReadTimeout = errors.New("the state could not be read in time")
+
+	// errNotProposed: the deadline passed before raft was given the command.
+	errNotProposed = errors.New("the deadline passed before the request could be proposed")
+
 	// errCommitTimeout is the one whose outcome is unknown: the request was
 	// handed to raft and may yet commit.
 	errCommitTimeout = errors.New("the request did not complete in time")

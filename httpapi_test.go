@@ -558,6 +558,7 @@ func TestErrorTable(t *testing.T) {
 		"errBadRequest": "400 bad_request not_applied", "errMemberExists": "409 member_exists not_applied",
 		"errMemberUnknown": "404 member_not_found not_applied", "errMembershipInProgress": "409 membership_in_progress not_applied",
 		"errQuorumAtRisk": "409 quorum_at_risk not_applied", "errLearnerBehind": "412 precondition_failed not_applied", "errLastVoter": "409 quorum_at_risk not_applied",
+		"errReadTimeout": "504 commit_timeout unknown", "errNotProposed": "429 overloaded not_applied",
 		"errTransferRefused": "409 transfer_refused not_applied", "errTransferTimeout": "504 transfer_timeout unknown",
 		"errOverloaded": "429 overloaded not_applied", "errNoLeader": "503 no_leader not_applied",
 		"errStopping": "503 stopping not_applied", "errDiskLow": "507 disk_low not_applied",
@@ -568,7 +569,7 @@ func TestErrorTable(t *testing.T) {
 	sentinels := map[string]error{
 		"errKeyNotFound": errKeyNotFound, "errEmptyKey": errEmptyKey, "errKeyTooLong": errKeyTooLong, "errTooLarge": errTooLarge,
 		"errBadRequest": errBadRequest, "errMemberExists": errMemberExists, "errMemberUnknown": errMemberUnknown,
-		"errMembershipInProgress": errMembershipInProgress, "errQuorumAtRisk": errQuorumAtRisk, "errLearnerBehind": errLearnerBehind, "errLastVoter": errLastVoter,
+		"errMembershipInProgress": errMembershipInProgress, "errQuorumAtRisk": errQuorumAtRisk, "errLearnerBehind": errLearnerBehind, "errLastVoter": errLastVoter, "errReadTimeout": errReadTimeout, "errNotProposed": errNotProposed,
 		"errTransferRefused": errTransferRefused, "errTransferTimeout": errTransferTimeout, "errOverloaded": errOverloaded,
 		"errNoLeader": errNoLeader, "errStopping": errStopping, "errDiskLow": errDiskLow, "errUnsupported": errUnsupported,
 		"errCommitTimeout": errCommitTimeout, "errNoSuchPath": errNoSuchPath, "errBadMethod": errBadMethod, "errCrossOrigin": errCrossOrigin,

@@ -128,10 +128,10 @@ func (s *kvstore) notProposed() error {
 	if s.leader() == raft.None {
 		return errNoLeader
 	}
-	return errOverloaded
+	return errNotProposed
 }
 
-// late says why a read or a membership change was not done in time.
+// late says why a membership change was not done in time.
 func (s *kvstore) late() error {
 	if s.leader() == raft.None {
 		return errNoLeader

@@ -92,6 +92,7 @@ type raftNode struct {
 	tended        map[uint64]uint64 // member -> tick of the last housekeeping proposal
 	confQueue     []*confProposal
 	removed       error
+	cut           bool // a commit was not delivered: no later one may be
 }
 
 // soft is what raft calls soft state, with the term it belongs to.
@@ -193,6 +194,12 @@ func (n *raftNode) serveChannels() (err error) {
 			select {
 			case <-ticker.C:
 				n.tick()
+			case c := <-n.confChangeC:
+				n.confQueue = append(n.confQueue, c)
+			case d := <-n.snapDoneC:
+				if err := n.snapshotDone(d); err != nil {
+					return err
+				}
 			case <-n.stopC:
 				return nil
 			default:
@@ -259,6 +266,12 @@ func (n *raftNode) step(m *raftpb.Message) {
 	case raftpb.MsgProp:
 		if !n.mayPropose() {
 			n.hold(m)
+			return
+		}
+	case raftpb.MsgReadIndex:
+		// raft answers for a single voter without a look at its term
+		// (see mayRead); the follower asks again.
+		if st := n.raw.BasicStatus(); st.RaftState == raft.StateLeader && n.committedTerm != st.GetTerm() {
 			return
 		}
 	case raftpb.MsgTransferLeader:
@@ -487,9 +500,13 @@ func (n *raftNode) publish(ents []*raftpb.Entry) {
 // deliver waits for the apply loop: back-pressure, never loss. A node that is
 // being stopped needs no answer from it any more.
 func (n *raftNode) deliver(c *commit) {
+	if n.cut { // what comes after a gap must not be applied
+		return
+	}
 	select {
 	case n.commitC <- c:
 	case <-n.stopC:
+		n.cut = true
 	}
 }
 
@@ -502,7 +519,11 @@ func (n *raftNode) refuseAll() {
 		}
 	}
 	for _, c := range n.confQueue {
-		c.done <- errStopping
+		if c.sent.Load() {
+			c.done <- errCommitTimeout
+		} else {
+			c.done <- errStopping
+		}
 	}
 	n.reads.close(errStopping)
 }

@@ -329,8 +329,11 @@ func TestMinRevision(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(c.ctx(), 2*testTick)
 	defer cancel()
-	if _, _, err := f.store.get(ctx, "k", readOptions{stale: true, minRevision: r.Revision + 1000}); !errors.Is(err, errCommitTimeout) {
+	if _, _, err := f.store.get(ctx, "k", readOptions{stale: true, minRevision: r.Revision + 1000}); !errors.Is(err, errReadTimeout) {
 		t.Fatalf("a revision that never comes: %v", err)
+	}
+	if n := f.store.revision.Waiting(); n != 0 {
+		t.Fatalf("%d waiters are left behind", n)
 	}
 }
 
@@ -382,4 +385,114 @@ func TestWritesDuringTransfers(t *testing.T) {
 	close(stop)
 	wg.Wait()
 	c.check()
+}
+
+// Once one commit was not delivered, no later one may be: the apply loop would
+// skip what lies between.
+func TestStopLeavesNoHole(t *testing.T) {
+	n := &raftNode{commitC: make(chan *commit, 64), stopC: make(chan struct{})}
+	close(n.stopC)
+	for i := range 64 {
+		n.deliver(&commit{entries: []*raftpb.Entry{{Index: new(uint64(i + 1))}}})
+	}
+	close(n.commitC)
+	last := uint64(0)
+	for c := range n.commitC {
+		if i := c.entries[0].GetIndex(); i != last+1 {
+			t.Fatalf("entry %d would be applied after entry %d", i, last)
+		} else {
+			last = i
+		}
+	}
+}
+
+// A membership change that raft was given is unknown at its deadline, even if
+// the leader is gone by then: the next one may commit it.
+func TestProposedMembershipChangeIsUnknown(t *testing.T) {
+	for _, end := range []string{"deadline", "stop"} {
+		t.Run(end, func(t *testing.T) {
+			c := newCluster(t, 3, nil)
+			l := c.leader()
+			c.check()
+			c.net.dropIf(func(m *raftpb.Message) bool { return m.GetType() == raftpb.MsgAppResp && m.GetTo() == l.id })
+			ctx, cancel := context.WithTimeout(c.ctx(), 100*testTick)
+			defer cancel()
+			last := l.node.progress.last.Load()
+			errC := make(chan error, 1)
+			go func() {
+				_, _, err := l.store.addMember(ctx, memberSpec{ID: 9, PeerURL: "http://127.0.0.1:10009", Learner: true})
+				errC <- err
+			}()
+			c.wait("the proposal", func() bool { return l.node.progress.last.Load() > last })
+			if end == "stop" {
+				if err := c.stop(l.id); err != nil {
+					t.Error(err)
+				}
+			} else {
+				c.isolate(l.id, true)
+			}
+			if err := <-errC; !errors.Is(err, errCommitTimeout) {
+				t.Errorf("answered %v, want unknown", err)
+			}
+			c.net.dropIf(nil)
+			if end != "stop" {
+				c.isolate(l.id, false)
+			}
+			c.check()
+		})
+	}
+}
+
+// A single voter that loads its disk heavily still takes snapshots and
+// membership changes: with one voter raft is never without a Ready.
+func TestBusySingleVoterServesAll(t *testing.T) {
+	c := newCluster(t, 1, small)
+	if err := c.stop(1); err != nil {
+		t.Fatal(err)
+	}
+	gate := make(chan struct{})
+	n := c.startWith(1, func(d *diskStore) logStore { return busyLog{d, gate} })
+	close(gate)
+	c.leader()
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	for w := range 64 {
+		wg.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				if _, err := n.store.put(c.ctx(), fmt.Sprint(w), []byte("v")); err != nil {
+					t.Errorf("put: %v", err)
+					return
+				}
+			}
+		})
+	}
+	defer wg.Wait()
+	defer close(stop)
+	c.wait("snapshots under load", func() bool { return n.node.progress.snapshot.Load() > 100 })
+	for i := range 3 {
+		if err := n.store.updateMember(c.ctx(), 1, fmt.Sprintf("http://127.0.0.1:%d", 20000+i)); err != nil {
+			t.Errorf("membership change under load: %v", err)
+		}
+	}
+}
+
+// busyLog makes each sync last until the next commands wait.
+type busyLog struct {
+	*diskStore
+	gate chan struct{}
+}
+
+func (l busyLog) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
+	<-l.gate
+	err := l.diskStore.save(hs, ents)
+	if len(ents) > 0 {
+		pause := time.NewTimer(3 * time.Millisecond)
+		<-pause.C
+	}
+	return err
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"crypto/rand"
+	"fmt"
 	"sync"
 	"time"
 
@@ -228,7 +229,10 @@ func (s *kvstore) linearize(ctx context.Context) error {
 	case <-b.done:
 		return b.err
 	case <-ctx.Done():
-		return s.late()
+		if s.leader() == raft.None {
+			return errNoLeader
+		}
+		return errReadTimeout
 	case <-s.node.doneC:
 		return errStopping
 	}
@@ -242,12 +246,8 @@ func (s *kvstore) get(ctx context.Context, key string, o readOptions) (kv.Entry,
 		}
 	}
 	if o.minRevision > 0 {
-		select {
-		case <-s.revision.Wait(uint64(o.minRevision)):
-		case <-ctx.Done():
-			return kv.Entry{}, 0, s.late()
-		case <-s.node.doneC:
-			return kv.Entry{}, 0, errStopping
+		if err := s.awaitRevision(ctx, o.minRevision); err != nil {
+			return kv.Entry{}, 0, err
 		}
 	}
 	s.mu.RLock()
@@ -258,4 +258,18 @@ func (s *kvstore) get(ctx context.Context, key string, o readOptions) (kv.Entry,
 		return kv.Entry{}, rev, errKeyNotFound
 	}
 	return e, rev, nil
+}
+
+// awaitRevision returns once this member has applied revision.
+func (s *kvstore) awaitRevision(ctx context.Context, revision int64) error {
+	reached := make(chan struct{})
+	defer s.revision.Call(uint64(revision), func() { close(reached) })()
+	select {
+	case <-reached:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("%w: this member has applied revision %d, not yet %d", errReadTimeout, s.revision.At(), revision)
+	case <-s.node.doneC:
+		return errStopping
+	}
 }

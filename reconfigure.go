@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"pontoon/api"
@@ -28,8 +29,9 @@ import (
 type confProposal struct {
 	ctx    context.Context
 	change memberChange
-	tried  uint64     // tick of the last attempt, 0: none
-	done   chan error // capacity 1
+	tried  uint64      // tick of the last attempt, 0: none
+	sent   atomic.Bool // given to raft, or about to be: its outcome is open
+	done   chan error  // capacity 1
 }
 
 type confResult struct {
@@ -59,6 +61,10 @@ func (n *raftNode) proposeConf() {
 	if err != nil {
 		n.finishConf(c.change, err)
 		return
+	}
+	c.sent.Store(true)
+	if c.ctx.Err() != nil {
+		return // the caller may have looked at sent before
 	}
 	c.tried = max(n.ticks, 1)
 	if err := n.raw.ProposeConfChange(cc); err != nil {
@@ -94,7 +100,7 @@ func (n *raftNode) applyConf(e *raftpb.Entry) confResult {
 			n.setMembers(next)
 			n.reconnect(res.change)
 			n.log.Log(res.change.level(), "membership changed", zap.String("change", string(res.change.Op)),
-				zap.Uint64("member", res.change.Member.ID), zap.Strings("url", res.change.Member.PeerURLs))
+				zap.Uint64("changed_member", res.change.Member.ID), zap.Strings("url", res.change.Member.PeerURLs))
 		}
 	}
 	if res.change.Node == n.id {
@@ -206,16 +212,18 @@ func (n *raftNode) caughtUp(id uint64) (ok bool) {
 	return ok
 }
 
-// alive says whether a member was heard of lately. Only a leader hears from
-// everybody, and a new one has not yet; the others ask their connections.
+// alive says whether a member was heard of lately and is connected. Only a
+// leader hears from everybody, and a new one has not yet; connections notice at
+// once when a process dies, but not when it hangs.
 func (n *raftNode) alive(id uint64) bool {
-	recent := uint64(2 * n.cfg.ElectionTicks)
 	if id == n.id {
 		return true
 	}
+	recent := uint64(2 * n.cfg.ElectionTicks)
 	if n.now.state == raft.StateLeader && n.ticks-n.since > recent {
-		seen, ok := n.lastSeen[id]
-		return ok && n.ticks-seen <= recent
+		if seen, ok := n.lastSeen[id]; !ok || n.ticks-seen > recent {
+			return false
+		}
 	}
 	return n.peerActive(id)
 }
@@ -265,6 +273,9 @@ func (s *kvstore) changeMembers(ctx context.Context, c memberChange, check func(
 	case err := <-p.done:
 		return err
 	case <-ctx.Done():
+		if p.sent.Load() {
+			return errCommitTimeout
+		}
 		return s.late()
 	case <-s.node.doneC:
 		return errCommitTimeout

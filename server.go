@@ -48,7 +48,7 @@ func newServer(ctx context.Context, cfg Config, log *zap.Logger) (_ *server, err
 	}()
 	// Before the ports open: peers that start at the same time ask as well, and
 	// an open port that does not answer yet would keep them waiting.
-	if !cfg.Join && !wal.Exist(filepath.Join(cfg.DataDir, "wal")) {
+	if !cfg.Join && !wal.Exist(filepath.Join(cfg.DataDir, "wal")) && !wal.Exist(filepath.Join(cfg.DataDir, "wal.old")) {
 		if err := mayFound(ctx, cfg); err != nil {
 			return nil, err
 		}

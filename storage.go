@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -70,6 +71,10 @@ type diskStore struct {
 	mark     *os.File // the file synced
 	marked   syncMark // what it holds
 	recorded []uint64 // snapshots that the log vouches for, oldest first
+
+	// swap keeps purge, which runs beside the loop, from deleting segments by
+	// name while install puts a new log, with the same names, in their place.
+	swap sync.Mutex
 }
 
 // walMetadata heads every log segment: whose log it is.
@@ -336,6 +341,11 @@ func (d *diskStore) load() (*recovered, error) {
 	if err := d.checkRecovered(r); err != nil {
 		return nil, err
 	}
+	// A kill between write and sync leaves records that only the page cache
+	// holds. From here on they count as being on disk.
+	if err := d.wal.Sync(); err != nil {
+		return nil, fmt.Errorf("%w: sync log: %w", errDurability, err)
+	}
 	return r, d.setMark(scan.end)
 }
 
@@ -599,7 +609,10 @@ func (d *diskStore) install(m *raftpb.SnapshotMetadata, hs *raftpb.HardState, en
 		return err
 	}
 	d.wal = nil
-	if err := errors.Join(os.Rename(d.walDir(), old), os.Rename(fresh, d.walDir()), syncDir(d.dir)); err != nil {
+	d.swap.Lock()
+	err = errors.Join(os.Rename(d.walDir(), old), os.Rename(fresh, d.walDir()), syncDir(d.dir))
+	d.swap.Unlock()
+	if err != nil {
 		return err
 	}
 	if d.wal, err = wal.Open(quiet(d.log), d.walDir(), walSnapshot(m)); err != nil {
@@ -666,6 +679,8 @@ func (d *diskStore) purge(oldest uint64) error {
 			}
 		}
 	}
+	d.swap.Lock()
+	defer d.swap.Unlock()
 	names, err := filepath.Glob(filepath.Join(d.walDir(), "*.wal"))
 	if err != nil {
 		return err

@@ -11,8 +11,8 @@
 //	<-done
 //
 // Caveats: callbacks run on the goroutine that calls Advance (or Call) and must
-// not block. A callback cannot be withdrawn; give it something cheap to do for
-// a caller that has left.
+// not block. Who stops waiting must call what Call returned: the entry would stay
+// until the number comes by, which may be never.
 package wait
 
 import (
@@ -29,23 +29,41 @@ type Index struct {
 	}
 }
 
-// Call runs f once the number is at least target.
-func (x *Index) Call(target uint64, f func()) {
+// Call runs f once the number is at least target, unless cancel is called first.
+func (x *Index) Call(target uint64, f func()) (cancel func()) {
+	c := &call{target: target, f: f}
 	x.mu.Lock()
 	if x.mu.at < target {
-		heap.Push(&x.mu.waiting, call{target, f})
+		heap.Push(&x.mu.waiting, c)
 		x.mu.Unlock()
-		return
+		return func() { x.cancel(c) }
 	}
 	x.mu.Unlock()
 	f()
+	return func() {}
 }
 
-// Wait returns a channel that is closed once the number is at least target.
+func (x *Index) cancel(c *call) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if c.place >= 0 {
+		heap.Remove(&x.mu.waiting, c.place)
+	}
+}
+
+// Wait returns a channel that is closed once the number is at least target. It
+// is for callers that stay until then.
 func (x *Index) Wait(target uint64) <-chan struct{} {
 	done := make(chan struct{})
 	x.Call(target, func() { close(done) })
 	return done
+}
+
+// Waiting is how many callbacks are pending.
+func (x *Index) Waiting() int {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return len(x.mu.waiting)
 }
 
 // Advance moves the number up to at and runs what waited for it, lowest target
@@ -56,7 +74,7 @@ func (x *Index) Advance(at uint64) {
 	if at > x.mu.at {
 		x.mu.at = at
 		for len(x.mu.waiting) > 0 && x.mu.waiting[0].target <= at {
-			due = append(due, heap.Pop(&x.mu.waiting).(call).f)
+			due = append(due, heap.Pop(&x.mu.waiting).(*call).f)
 		}
 	}
 	x.mu.Unlock()
@@ -75,19 +93,30 @@ func (x *Index) At() uint64 {
 type call struct {
 	target uint64
 	f      func()
+	place  int // in the heap; -1 once it has left
 }
 
 // calls is a heap by target.
-type calls []call
+type calls []*call
 
 func (c calls) Len() int           { return len(c) }
 func (c calls) Less(i, j int) bool { return c[i].target < c[j].target }
-func (c calls) Swap(i, j int)      { c[i], c[j] = c[j], c[i] }
-func (c *calls) Push(v any)        { *c = append(*c, v.(call)) }
+func (c calls) Swap(i, j int) {
+	c[i], c[j] = c[j], c[i]
+	c[i].place, c[j].place = i, j
+}
+
+func (c *calls) Push(v any) {
+	x := v.(*call)
+	x.place = len(*c)
+	*c = append(*c, x)
+}
+
 func (c *calls) Pop() any {
 	last := len(*c) - 1
-	v := (*c)[last]
-	(*c)[last] = call{}
+	x := (*c)[last]
+	(*c)[last] = nil
 	*c = (*c)[:last]
-	return v
+	x.place = -1
+	return x
 }

@@ -49,3 +49,27 @@ func TestWaitConcurrently(t *testing.T) {
 		t.Fatalf("at %d", x.At())
 	}
 }
+
+// A caller that has left leaves nothing behind.
+func TestCancel(t *testing.T) {
+	var x Index
+	var got []uint64
+	var cancels []func()
+	for _, target := range []uint64{5, 3, 9, 7, 3} {
+		cancels = append(cancels, x.Call(target, func() { got = append(got, target) }))
+	}
+	cancels[1]()
+	cancels[2]()
+	cancels[2]() // twice is once
+	if x.Waiting() != 3 {
+		t.Fatalf("%d wait, want 3", x.Waiting())
+	}
+	x.Advance(10)
+	if !slices.Equal(got, []uint64{3, 5, 7}) {
+		t.Fatalf("ran %v", got)
+	}
+	cancels[0]() // after it ran
+	if x.Waiting() != 0 {
+		t.Fatalf("%d wait, want none", x.Waiting())
+	}
+}
