@@ -9,6 +9,7 @@ import (
 	"os/signal"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -25,7 +26,7 @@ func main() { os.Exit(start(os.Args[1:])) }
 // start is main with a result: the exit code.
 func start(args []string) int {
 	switch {
-	case len(args) > 0 && args[0] == "version":
+	case len(args) > 0 && slices.Contains([]string{"version", "-version", "--version"}, args[0]):
 		fmt.Println("pontoon", version, revision(), runtime.Version())
 		return 0
 	case len(args) > 0 && args[0] == "help":

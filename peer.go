@@ -318,10 +318,14 @@ func mayFound(ctx context.Context, cfg Config) error {
 			continue
 		}
 		info, err := askPeer(ctx, peerClient(), c.URL)
-		if err != nil || info.Members.ClusterID != want {
+		if err != nil {
 			continue
 		}
 		m := info.Members
+		if m.ClusterID != want {
+			return fmt.Errorf("%w: %s already serves cluster %016x, and --cluster would found another; to join that one, POST /%d to it and start with --join; else correct --cluster",
+				errRefuse, c.URL, m.ClusterID, cfg.ID)
+		}
 		if self, ok := m.get(cfg.ID); m.isRemoved(cfg.ID) || ok && self.Started {
 			return mayJoin(m, cfg, c.URL)
 		}

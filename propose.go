@@ -159,6 +159,7 @@ func (n *raftNode) hold(m *raftpb.Message) {
 // expire refuses what has waited one election time-out without a leader. It
 // never reached raft, so the answer is certain.
 func (n *raftNode) expire() {
+	n.queue = slices.DeleteFunc(n.queue, func(p *proposal) bool { return p.state.Load() == abandoned }) // its handler has left
 	if n.now.lead != raft.None {
 		return
 	}

@@ -92,7 +92,8 @@ type raftNode struct {
 	tended        map[uint64]uint64 // member -> tick of the last housekeeping proposal
 	confQueue     []*confProposal
 	removed       error
-	cut           bool // a commit was not delivered: no later one may be
+	cut           bool   // a commit was not delivered: no later one may be
+	replayed      uint64 // last entry that was committed before this start
 }
 
 // soft is what raft calls soft state, with the term it belongs to.
@@ -146,6 +147,7 @@ func newRaftNode(cfg Config, boot uint64, r *recovered, store logStore, snaps sn
 		return nil, fmt.Errorf("restore log: %w", err)
 	}
 	n.stable = r.snap.Index + uint64(len(r.entries))
+	n.replayed = r.hard.GetCommit()
 	n.committedTerm = r.snap.Term
 	n.progress.snapshot.Store(r.snap.Index)
 	n.progress.last.Store(n.stable)
@@ -261,7 +263,9 @@ func (n *raftNode) collect() {
 // step hands a peer's message to raft. What reaches it has passed
 // validateMessage; the checks here are those that need raft's own state.
 func (n *raftNode) step(m *raftpb.Message) {
-	n.lastSeen[m.GetFrom()] = n.ticks
+	if _, known := n.lastSeen[m.GetFrom()]; known || n.members.Load().index(m.GetFrom()) >= 0 {
+		n.lastSeen[m.GetFrom()] = n.ticks
+	}
 	switch m.GetType() {
 	case raftpb.MsgProp:
 		if !n.mayPropose() {
@@ -336,12 +340,30 @@ func (n *raftNode) tick() {
 	n.repropose()
 	n.retryReads()
 	n.tendMembers()
+	n.complain()
 	for id, at := range n.leaving {
 		if n.ticks >= at {
-			n.tr.RemovePeer(types.ID(id))
 			delete(n.leaving, id)
+			// goroutine: peer-remover
+			go n.tr.RemovePeer(types.ID(id)) // waits for a write that hangs
 		}
 	}
+}
+
+// complain says at long intervals that there is no leader, and who is missing.
+func (n *raftNode) complain() {
+	silent := n.ticks - n.since
+	if n.now.lead != raft.None || silent%600 != uint64(4*n.cfg.ElectionTicks) {
+		return
+	}
+	var missing []string
+	for _, m := range n.members.Load().Members {
+		if m.ID != n.id && !n.peerActive(m.ID) {
+			missing = append(missing, fmt.Sprintf("%d at %s", m.ID, m.PeerURLs[0]))
+		}
+	}
+	n.log.Warn("no leader: writes and linearizable reads are refused until a majority of the voters is connected",
+		zap.Duration("for", time.Duration(silent)*n.cfg.TickInterval), zap.Strings("not_connected", missing))
 }
 
 // ready carries out what raft decided, in the order that durability asks for.

@@ -450,9 +450,7 @@ func TestBusySingleVoterServesAll(t *testing.T) {
 	if err := c.stop(1); err != nil {
 		t.Fatal(err)
 	}
-	gate := make(chan struct{})
-	n := c.startWith(1, func(d *diskStore) logStore { return busyLog{d, gate} })
-	close(gate)
+	n := c.startWith(1, func(d *diskStore) logStore { return busyLog{d} })
 	c.leader()
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
@@ -481,14 +479,10 @@ func TestBusySingleVoterServesAll(t *testing.T) {
 	}
 }
 
-// busyLog makes each sync last until the next commands wait.
-type busyLog struct {
-	*diskStore
-	gate chan struct{}
-}
+// busyLog has a slow disk, so that more commands always wait when a sync ends.
+type busyLog struct{ *diskStore }
 
 func (l busyLog) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
-	<-l.gate
 	err := l.diskStore.save(hs, ents)
 	if len(ents) > 0 {
 		pause := time.NewTimer(3 * time.Millisecond)

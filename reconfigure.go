@@ -99,7 +99,7 @@ func (n *raftNode) applyConf(e *raftpb.Entry) confResult {
 			res.members = next
 			n.setMembers(next)
 			n.reconnect(res.change)
-			n.log.Log(res.change.level(), "membership changed", zap.String("change", string(res.change.Op)),
+			n.log.Log(n.newsLevel(e.GetIndex(), res.change), "membership changed", zap.String("change", string(res.change.Op)),
 				zap.Uint64("changed_member", res.change.Member.ID), zap.Strings("url", res.change.Member.PeerURLs))
 		}
 	}
@@ -111,9 +111,10 @@ func (n *raftNode) applyConf(e *raftpb.Entry) confResult {
 
 func (n *raftNode) setMembers(m *membership) { n.members.Store(m) }
 
-// level keeps housekeeping out of the log of a normal day.
-func (c memberChange) level() zapcore.Level {
-	if c.Op == opStarted {
+// newsLevel keeps housekeeping, and what a restart only replays, out of the log
+// of a normal day.
+func (n *raftNode) newsLevel(index uint64, c memberChange) zapcore.Level {
+	if c.Op == opStarted || index <= n.replayed {
 		return zapcore.DebugLevel
 	}
 	return zapcore.InfoLevel
@@ -135,6 +136,9 @@ func (n *raftNode) reconnect(c memberChange) {
 			return true
 		})
 	case id == n.id:
+		if c.Op == opUpdate && len(c.Member.PeerURLs) > 0 && !slices.Contains(c.Member.PeerURLs, n.cfg.peerURL()) {
+			n.log.Warn("this member was moved: restart it with its new URL in --cluster", zap.Strings("url", c.Member.PeerURLs), zap.String("now", n.cfg.peerURL()))
+		}
 	case c.Op == opAdd:
 		n.tr.AddPeer(types.ID(id), c.Member.PeerURLs)
 	case c.Op == opRemove:

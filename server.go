@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -48,8 +49,15 @@ func newServer(ctx context.Context, cfg Config, log *zap.Logger) (_ *server, err
 	}()
 	// Before the ports open: peers that start at the same time ask as well, and
 	// an open port that does not answer yet would keep them waiting.
-	if !cfg.Join && !wal.Exist(filepath.Join(cfg.DataDir, "wal")) && !wal.Exist(filepath.Join(cfg.DataDir, "wal.old")) {
-		if err := mayFound(ctx, cfg); err != nil {
+	// And whoever waits to be let in does not look like a member that hangs.
+	var joining *membership
+	if !wal.Exist(filepath.Join(cfg.DataDir, "wal")) && !wal.Exist(filepath.Join(cfg.DataDir, "wal.old")) {
+		if cfg.Join {
+			joining, err = s.join(ctx)
+		} else {
+			err = mayFound(ctx, cfg)
+		}
+		if err != nil {
 			return nil, err
 		}
 	}
@@ -67,7 +75,7 @@ func newServer(ctx context.Context, cfg Config, log *zap.Logger) (_ *server, err
 	if s.disk, err = openDataDir(cfg.DataDir, cfg.ID, cfg.KeepSnapshots, log); err != nil {
 		return nil, err
 	}
-	r, peers, err := s.recover(ctx)
+	r, peers, err := s.recover(ctx, joining)
 	if err != nil {
 		return nil, err
 	}
@@ -96,17 +104,13 @@ func newServer(ctx context.Context, cfg Config, log *zap.Logger) (_ *server, err
 
 // recover reads the data directory, or founds or joins a cluster if it is
 // empty. The table holds the peers to talk to before the log names them.
-func (s *server) recover(ctx context.Context) (*recovered, *membership, error) {
-	var table *membership
+func (s *server) recover(ctx context.Context, joining *membership) (*recovered, *membership, error) {
+	table := joining
 	if !s.disk.exists() {
-		table = bootstrapMembership(s.cfg.ClusterToken, s.cfg.Cluster)
-		if s.cfg.Join {
-			var err error
-			if table, err = s.join(ctx); err != nil {
-				return nil, nil, err
-			}
+		if table == nil {
+			table = bootstrapMembership(s.cfg.ClusterToken, s.cfg.Cluster)
 		}
-		if err := s.disk.bootstrap(s.cfg.ID, table, s.cfg.Join); err != nil {
+		if err := s.disk.bootstrap(s.cfg.ID, table, joining != nil); err != nil {
 			return nil, nil, err
 		}
 	}
@@ -230,7 +234,11 @@ func (s *server) startTransport(clusterID uint64, peers *membership) error {
 func listenPeer(addr string) (net.Listener, error) {
 	l, err := rafthttp.NewListener(url.URL{Scheme: "http", Host: addr}, nil)
 	if err != nil {
-		return nil, fmt.Errorf("peer address %s cannot be used: %w; stop what listens there, or choose another with --listen-peer", addr, unwrapOp(err))
+		hint := "correct this node's URL in --cluster, or listen elsewhere with --listen-peer"
+		if errors.Is(err, syscall.EADDRINUSE) {
+			hint = "stop what listens there, or choose another with --listen-peer"
+		}
+		return nil, fmt.Errorf("peer address %s cannot be used: %w; %s", addr, unwrapOp(err), hint)
 	}
 	return l, nil
 }

@@ -89,7 +89,7 @@ type Sizes struct {
 type Peer struct {
 	ID          uint64    `json:"id"`
 	Role        string    `json:"role"`
-	MatchIndex  uint64    `json:"match_index"`
+	MatchIndex  uint64    `json:"match_index,omitempty"` // only a leader knows
 	LastContact time.Time `json:"last_contact,omitzero"` // RFC 3339 in UTC; absent: never
 	Active      bool      `json:"active"`
 }
