@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 
 	"pontoon/kv"
@@ -489,4 +490,51 @@ func (l busyLog) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
 		<-pause.C
 	}
 	return err
+}
+
+// The read of a learner reaches a single voter that leads and has committed
+// nothing in its term yet. raft would answer with a commit index that may lag
+// behind what was acknowledged before a crash.
+func TestForwardedReadWaitsForTheTerm(t *testing.T) {
+	c := newCluster(t, 1, nil)
+	l := c.leader()
+	if _, _, err := l.store.addMember(c.ctx(), memberSpec{ID: 2, PeerURL: "http://127.0.0.1:10002", Learner: true}); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.stop(1); err != nil {
+		t.Fatal(err)
+	}
+	disk, err := openDataDir(l.cfg.DataDir, 1, 2, c.logger)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer disk.close()
+	r, err := disk.load()
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := newRaftNode(l.cfg, 9, r, disk, disk, c.logger, l.node.met)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.tr = &memEnd{net: newMemnet(), n: l}
+	n.commitC = make(chan *commit, 100) // nobody applies
+	if err := n.ready(); err != nil {   // replay
+		t.Fatal(err)
+	}
+	if err := n.raw.Campaign(); err != nil {
+		t.Fatal(err)
+	}
+	for n.raw.BasicStatus().RaftState != raft.StateLeader {
+		if err := n.ready(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n.step(&raftpb.Message{Type: raftpb.MsgReadIndex.Enum(), From: new(uint64(2)), To: new(uint64(1)),
+		Entries: []*raftpb.Entry{{Data: []byte("0123456789abcdef")}}})
+	for _, m := range n.raw.Ready().Messages {
+		if m.GetType() == raftpb.MsgReadIndexResp {
+			t.Fatalf("told member 2 that entry %d is enough before an entry of this term was committed", m.GetIndex())
+		}
+	}
 }
