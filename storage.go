@@ -74,7 +74,8 @@ type diskStore struct {
 
 	// swap keeps purge, which runs beside the loop, from deleting segments by
 	// name while install puts a new log, with the same names, in their place.
-	swap sync.Mutex
+	swap   sync.Mutex
+	closed bool // guarded by swap; purge may come late
 }
 
 // walMetadata heads every log segment: whose log it is.
@@ -668,6 +669,11 @@ func (d *diskStore) oldestKept() uint64 {
 // purge deletes snapshots before oldest and the log segments that only they
 // needed. It runs beside the raft loop, after release(oldest).
 func (d *diskStore) purge(oldest uint64) error {
+	d.swap.Lock()
+	defer d.swap.Unlock()
+	if d.closed {
+		return nil // another process may own the directory by now
+	}
 	files, err := d.snapshotFiles()
 	if err != nil {
 		return err
@@ -679,8 +685,6 @@ func (d *diskStore) purge(oldest uint64) error {
 			}
 		}
 	}
-	d.swap.Lock()
-	defer d.swap.Unlock()
 	names, err := filepath.Glob(filepath.Join(d.walDir(), "*.wal"))
 	if err != nil {
 		return err
@@ -733,6 +737,9 @@ func (d *diskStore) freeBytes() (int64, error) {
 }
 
 func (d *diskStore) close() error {
+	d.swap.Lock()
+	d.closed = true
+	d.swap.Unlock()
 	var err error
 	if d.wal != nil {
 		err = d.wal.Close()

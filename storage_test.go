@@ -788,6 +788,26 @@ func TestPurgeBesideInstall(t *testing.T) {
 	}
 }
 
+// Once the directory is closed another process may hold its LOCK and be reading:
+// a purge that comes late leaves everything where it is.
+func TestPurgeAfterCloseTouchesNothing(t *testing.T) {
+	smallSegments(t, 4096)
+	w := writeLog(t, 100, 40, 80)
+	d := openTestDir(t, w.dir)
+	if _, err := d.load(); err != nil {
+		t.Fatal(err)
+	}
+	d.mustClose(t)
+	before := segments(t, w.dir)
+	if err := d.purge(80); err != nil {
+		t.Fatal(err)
+	}
+	files, err := d.snapshotFiles()
+	if after := segments(t, w.dir); err != nil || !slices.Equal(before, after) || !slices.Contains(files, 40) {
+		t.Errorf("of %d segments %d are left, of the snapshots %v, %v", len(before), len(after), files, err)
+	}
+}
+
 // What an installed snapshot counts by is in the file, not in a buffer.
 func TestInstallReachesTheFile(t *testing.T) {
 	smallSegments(t, 1<<16)
