@@ -148,10 +148,14 @@ func (n *raftNode) validateSnapshot(m *raftpb.Message) error {
 		return fmt.Errorf("snapshot of index %d and term %d", index, meta.GetTerm())
 	}
 	h, err := n.snaps.verifySnapshot(index)
-	if errors.Is(err, kv.ErrCorrupt) && index > n.progress.snapshot.Load() {
+	foreign := err == nil && h.Members.ClusterID != n.members.Load().ClusterID
+	if foreign {
+		err = errors.New("snapshot file of another cluster")
+	}
+	if (foreign || errors.Is(err, kv.ErrCorrupt)) && index > n.progress.snapshot.Load() {
 		err = errors.Join(err, n.snaps.discardSnapshot(index))
 	}
-	if err == nil && (h.Term != meta.GetTerm() || !sameConf(h.Members.confState(), meta.GetConfState()) || h.Members.ClusterID != n.members.Load().ClusterID) {
+	if err == nil && (h.Term != meta.GetTerm() || !sameConf(h.Members.confState(), meta.GetConfState())) {
 		err = errors.New("snapshot file and message disagree")
 	}
 	if err != nil {
