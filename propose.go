@@ -18,9 +18,10 @@ import (
 // proposal is one command on its way from a handler to raft and back.
 //
 // state decides what a handler that gives up may say. Only the loop moves
-// queued → proposed, only the handler moves anything → abandoned; whichever
-// swap comes first wins, so "queued" at the handler's swap proves that the
-// command never reached raft and never will.
+// queued → proposed, and back if raft did not take it. The handler moves either
+// to abandoned, the loop only what is queued; whichever swap comes first wins, so
+// "queued" at the handler's swap proves that the command never reached raft and
+// never will.
 type proposal struct {
 	command []byte
 	since   uint64 // tick of arrival

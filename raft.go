@@ -338,7 +338,7 @@ func (n *raftNode) tick() {
 	n.raw.Tick()
 	n.expire()
 	n.repropose()
-	n.retryReads()
+	n.retryReads(false)
 	n.tendMembers()
 	n.complain()
 	for id, at := range n.leaving {
@@ -420,7 +420,7 @@ func (n *raftNode) observe(rd raft.Ready) {
 		n.log.Info("leader changed", zap.Uint64("leader", n.now.lead), zap.Uint64("term", n.now.term))
 	}
 	if n.now.lead != raft.None {
-		n.mail.post(func() { n.repropose(); n.restartReads() }) // after this Ready
+		n.mail.post(func() { n.repropose(); n.retryReads(true) }) // after this Ready
 	}
 }
 

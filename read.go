@@ -169,25 +169,16 @@ func (n *raftNode) finishReads(states []raft.ReadState) {
 	}
 }
 
-// retryReads gives up on attempts that were lost and starts them anew, at once
-// when leadership moved.
-func (n *raftNode) retryReads() {
+// retryReads starts anew the attempts that were lost: those that are old, or all
+// of them once leadership moved, since whoever they went to leads no more.
+func (n *raftNode) retryReads(all bool) {
 	q := &n.reads
 	for ctx, a := range q.attempts { // order: does not matter, they are equal
-		if n.ticks-a.tick >= readRetryTicks {
+		if all || n.ticks-a.tick >= readRetryTicks {
 			delete(q.attempts, ctx)
 			q.waiting = append(q.waiting, a.batch)
 			n.met.readRetries.Inc()
 		}
-	}
-}
-
-// restartReads gives up on all attempts: whoever they went to leads no more.
-func (n *raftNode) restartReads() {
-	q := &n.reads
-	for ctx, a := range q.attempts { // order: does not matter, they are equal
-		delete(q.attempts, ctx)
-		q.waiting = append(q.waiting, a.batch)
 	}
 }
 
