@@ -20,6 +20,8 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest"
 	"google.golang.org/protobuf/proto"
+
+	"pontoon/kv"
 )
 
 // A cluster of real nodes on real disks, joined by a network in memory: what
@@ -48,6 +50,8 @@ type testNode struct {
 	store *kvstore
 	loop  chan error    // what serveChannels returned
 	apply chan struct{} // closed when readCommits returned
+
+	stopWatches func()
 }
 
 // newCluster starts n founding members.
@@ -133,6 +137,9 @@ func (c *cluster) tryStart(id uint64, wrap func(*diskStore) logStore) (*testNode
 	}
 	go func() { n.loop <- n.node.serveChannels() }()
 	go func() { n.store.readCommits(n.node.commitC); close(n.apply) }()
+	ctx, cancel := context.WithCancel(context.Background())
+	n.stopWatches = cancel
+	go n.store.dispatch(ctx)
 	c.nodes[id] = n
 	return n, nil
 }
@@ -145,6 +152,7 @@ func (c *cluster) stop(id uint64) error {
 	}
 	delete(c.nodes, id)
 	c.net.detach(id)
+	n.stopWatches()
 	n.node.stop()
 	<-n.apply
 	err := <-n.loop
@@ -216,6 +224,14 @@ func waitFor(t *testing.T, what string, ok func() bool) {
 			t.Fatalf("timed out waiting for %s", what)
 		}
 	}
+}
+
+func (s *kvstore) put(ctx context.Context, key string, value []byte) (kv.Result, error) {
+	return s.propose(ctx, &kv.Command{Op: kv.OpPut, Key: key, Value: value})
+}
+
+func (s *kvstore) delete(ctx context.Context, key string) (kv.Result, error) {
+	return s.propose(ctx, &kv.Command{Op: kv.OpDelete, Key: key})
 }
 
 func (n *testNode) mustPut(key, value string) {

@@ -67,6 +67,9 @@ const (
 	recvQueue           = 4096     // capacity of recvC; peers' messages beyond it are dropped and counted
 	commitQueue         = 64       // capacity of commitC; the raft loop waits beyond it
 	maxHeldProposals    = 1024     // forwarded proposals parked while leadership moves
+	maxWatches          = 1 << 14  // open watches; more are answered 429
+	maxExports          = 8        // exports under way, each holds a clone of the state; more are answered 429
+	maxTxnBytes         = 4 << 20  // body of a transaction
 	promoteLag          = 32       // a learner this many entries behind the commit is caught up
 )
 

@@ -7,11 +7,13 @@
 //	storage.go   the log and the snapshots on disk, and the order in which they are written
 //	kvstore.go   a write: propose and wait; and the goroutine that applies what was committed
 //	propose.go   the loop's side of a write: batches, and what happens when leadership moves
-//	read.go      a linearizable read
+//	read.go      a linearizable read, views of older revisions, and where watches begin
+//	clock.go     the time that leases run by
 //	snapshot.go  how a snapshot is written, recorded, sent and installed
 //	member.go    the rules of membership, as plain functions of a table; reconfigure.go carries them out
 //	peer.go      the peer port: what is refused, how a joiner learns the cluster
-//	httpapi.go   the calls; http*.go: options, bodies, errors → status, metrics; listener.go: what a slow client may cost
+//	httpapi.go   routes and cluster calls; httpkv.go, httptxn.go, httplease.go, httplist.go, httpwatch.go: the data calls;
+//	             other http*.go: options, bodies, errors → status, metrics; internal/watch: fan-out; listener.go: what a slow client may cost
 //	server.go    the parts of a member, how they start and stop
 //	status.go    /v1/status, /readyz; metrics.go: /metrics
 //	config.go    flags and every limit; main.go: exit codes

@@ -1,6 +1,9 @@
 package main
 
-import "errors"
+import (
+	"errors"
+	"fmt"
+)
 
 // The refusals a caller can meet, one sentence each. Code wraps them with the
 // operation ("put: %w"); httpapi.go holds the one table that maps them to HTTP.
@@ -25,6 +28,15 @@ var (
 	errNoLeader             = errors.New("the cluster has no leader that this member knows of")
 	errStopping             = errors.New("this member is shutting down")
 	errDiskLow              = errors.New("the disk of this member is nearly full")
+	errPrecondition         = errors.New("the precondition does not hold")
+	errLeaseNotFound        = errors.New("the lease does not exist")
+	errCompacted            = errors.New("the revision is older than what history keeps")
+	errFutureRevision       = errors.New("the store has not reached the revision")
+	errOnceMismatch         = errors.New("another request was made with this idempotency key")
+	errOnceExpired          = errors.New("a request was made with this idempotency key, and its result is no longer kept")
+	errOnceFull             = errors.New("too many results are kept for idempotency keys")
+	errReadsTooMuch         = errors.New("the gets of the transaction may return more than the limit")
+	errTooManyWatches       = errors.New("too many watches are open on this member")
 	errUnsupported          = errors.New("this member does not support the request")
 
 	// errReadTimeout ends a read, or a request that had changed nothing yet.
@@ -37,3 +49,12 @@ var (
 	// handed to raft and may yet commit.
 	errCommitTimeout = errors.New("the request did not complete in time")
 )
+
+// compactedError is errCompacted with the newest revision whose changes are gone.
+type compactedError struct{ compact int64 }
+
+func (e *compactedError) Error() string {
+	return fmt.Sprintf("%v: changes up to revision %d are gone", errCompacted, e.compact)
+}
+
+func (e *compactedError) Unwrap() error { return errCompacted }

@@ -6,13 +6,13 @@ package main
 import (
 	"bytes"
 	"context"
-	"errors"
 	"io"
 	"net/http"
 	"net/url"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -20,15 +20,31 @@ import (
 	"go.uber.org/zap"
 
 	"pontoon/api"
+	"pontoon/internal/watch"
 	"pontoon/kv"
 )
 
 // backend is what the HTTP layer needs of the node. Every method may be called
 // from any number of goroutines; those with a context return once it ends.
 type backend interface {
-	put(ctx context.Context, key string, value []byte) (kv.Result, error) // value belongs to the caller again after return
-	delete(ctx context.Context, key string) (kv.Result, error)
+	// propose carries out one command: it returns once the command is on disk at
+	// a majority, committed and applied here. What c holds belongs to the
+	// caller again after return.
+	propose(ctx context.Context, c *kv.Command) (kv.Result, error)
+	// sync waits until the local state is as fresh as o asks for, and
+	// refuses a revision that cannot be read.
+	sync(ctx context.Context, o readOptions) error
 	get(ctx context.Context, key string, o readOptions) (kv.Entry, int64, error) // the entry, the store revision; errKeyNotFound
+	// read calls f with the store as o asks for it. Without whole, f holds up
+	// the writers and must be short: a page. With whole it may take its
+	// time, on a copy-on-write clone.
+	read(ctx context.Context, o readOptions, whole bool, f func(*kv.View) error) error
+	history(ctx context.Context, o readOptions) (kv.History, error)
+	lease(ctx context.Context, id int64, o readOptions) (leaseInfo, error) // errLeaseNotFound
+	// subscribe begins a watch at the local state as it is: the watcher
+	// receives every revision after that of the history. The view is nil
+	// unless initial is set; it may be read as long as the caller likes.
+	subscribe(f watch.Filter, initial bool) (*watch.Watcher, kv.History, *kv.View, error)
 
 	members() []api.Member
 	addMember(ctx context.Context, m memberSpec) (m2 api.Member, created bool, err error) // not created: the same id and URL were there
@@ -46,7 +62,17 @@ type backend interface {
 type readOptions struct {
 	stale       bool  // the local state as it is, without a round to the leader
 	minRevision int64 // wait until the local state has reached it
+	revision    int64 // 0: the present one
 }
+
+// leaseInfo is a lease at one moment.
+type leaseInfo struct {
+	kv.Lease
+	remaining time.Duration
+	keys      []string // attached to it, the first maxLeaseKeys
+}
+
+const maxLeaseKeys = 1_000
 
 type memberSpec struct {
 	ID      uint64 // 0: the cluster chooses
@@ -68,6 +94,8 @@ type limits struct {
 	DefaultTimeout time.Duration // a call without timeout=
 	MaxTimeout     time.Duration // the most timeout= may ask for
 	MaxConns       int           // open client connections
+	MaxExports     int           // exports under way; more get 429
+	MaxTxnBytes    int64         // the body of a transaction, or of an import that is atomic or has an idempotency key
 }
 
 const (
@@ -92,6 +120,9 @@ var (
 	headerSandbox     = []string{"sandbox"}
 	headerZero        = []string{"0"}
 	headerOne         = []string{"1"}
+	headerTrue        = []string{"true"}
+	headerAccept      = []string{"Accept"}
+	headerEcho        = []string{"return=representation"}
 )
 
 const classicGetFailed = "Failed to GET"
@@ -108,6 +139,8 @@ type httpAPI struct {
 	metrics http.Handler
 	origins http.CrossOriginProtection
 	buffers sync.Pool // of *[]byte, for bodies
+
+	exports, imports atomic.Int64 // under way
 }
 
 // newHTTPAPI serves b within l; gather is what /metrics shows.
@@ -121,22 +154,23 @@ func newHTTPAPI(b backend, l limits, m *httpMetrics, gather prometheus.Gatherer,
 	return a
 }
 
-// apiCall is one request on its way. It lives on the handler's stack.
+// apiCall is one request on its way. It lives on the handler's stack; the calls
+// that hand it on get a copy from onHeap.
 type apiCall struct {
 	api         *httpAPI
 	w           http.ResponseWriter
 	r           *http.Request
 	route       route
 	start       time.Time
-	deadline    time.Time // of the whole call, its body included
-	readUntil   time.Time // the read deadline in force; zero: none
-	bodyPending bool      // some of the body may still be on its way
-	status      int       // what was answered; 0: nothing yet
-	counted     int       // what metrics say instead, if not 0
+	deadline    time.Time     // of the whole call, its body included
+	readUntil   time.Time     // the read deadline in force; zero: none
+	bodyPending bool          // some of the body may still be on its way
+	status      int           // what was answered; 0: nothing yet
+	counted     int           // what metrics say instead, if not 0
+	answered    time.Duration // of a watch: how long its answer took to begin; 0: count until the end
 
-	read    readOptions
-	force   bool
-	verbose bool
+	read readOptions
+	opt  callOptions
 }
 
 func (a *httpAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -156,7 +190,21 @@ func (c *apiCall) observe() {
 	} else if status == 0 {
 		status = http.StatusInternalServerError
 	}
-	c.api.m.observe(c.route, c.r.Method, status, time.Since(c.start))
+	took := c.answered
+	if took == 0 {
+		took = time.Since(c.start)
+	}
+	c.api.m.observe(c.route, c.r.Method, status, took)
+}
+
+// onHeap runs a call that keeps a pointer to its apiCall, in a closure or a
+// stream, on a copy. Escape analysis is per variable: without the copy every
+// plain GET and PUT would pay for the allocation too.
+func (c *apiCall) onHeap(call func(*apiCall) error) error {
+	moved := new(apiCall)
+	*moved = *c
+	defer func() { *c = *moved }() // also while call panics: observe wants the status
+	return call(moved)
 }
 
 // serve answers, or returns the error to answer with and has written nothing.
@@ -180,11 +228,19 @@ func (c *apiCall) serve() error {
 		return c.serveClassicMember(arg)
 	case routeMembers, routeMemberID, routePromote, routeLeader:
 		return c.serveCluster(arg)
-	case routeStatus, routeLivez, routeReadyz, routeMetrics:
+	case routeStatus, routeLivez, routeReadyz, routeMetrics, routeOpenAPI:
 		return c.serveHealth()
+	case routeRange:
+		return c.onHeap((*apiCall).serveRange)
+	case routeTxn:
+		return c.serveTxn()
+	case routeWatch:
+		return c.onHeap((*apiCall).serveWatch)
+	case routeLeases, routeLeaseID:
+		return c.serveLeases(arg)
 	case routeUnbuilt:
 		return &httpRefusal{err: errUnsupported, detail: "this version does not serve " + strconv.Quote(path),
-			hint: "single keys are served under /v1/kv/{key}; GET /v1/status shows the version of this member"}
+			hint: "an export is GET /v1/kv with Accept: application/x-ndjson; GET /v1/status shows the version of this member"}
 	}
 	return c.reservedPath(path[1:])
 }
@@ -248,17 +304,27 @@ func resolveV1(rest string) (route, string) {
 		}
 		return routeMemberID, id
 	}
+	if id, ok := strings.CutPrefix(rest, "leases/"); ok {
+		return routeLeaseID, id
+	}
 	switch rest {
+	case "kv":
+		return routeRange, ""
+	case "txn":
+		return routeTxn, ""
+	case "watch":
+		return routeWatch, ""
+	case "leases":
+		return routeLeases, ""
+	case "openapi.json":
+		return routeOpenAPI, ""
 	case "members":
 		return routeMembers, ""
 	case "leader":
 		return routeLeader, ""
 	case "status":
 		return routeStatus, ""
-	case "kv", "txn", "watch", "leases", "snapshot":
-		return routeUnbuilt, ""
-	}
-	if strings.HasPrefix(rest, "leases/") {
+	case "snapshot":
 		return routeUnbuilt, ""
 	}
 	return routeOther, ""
@@ -269,6 +335,8 @@ func resolveV1(rest string) (route, string) {
 var allowed = [routeCount]string{
 	routeKey: "GET, HEAD, PUT, POST, DELETE", routeKV: "GET, HEAD, PUT, DELETE",
 	routeMembers: "GET, HEAD, POST", routeMemberID: "PUT, DELETE", routePromote: "POST", routeLeader: "POST",
+	routeRange: "GET, HEAD, POST, DELETE", routeTxn: "POST", routeWatch: "GET",
+	routeLeases: "POST", routeLeaseID: "GET, HEAD, PUT, DELETE", routeOpenAPI: "GET, HEAD",
 	routeStatus: "GET, HEAD", routeLivez: "GET, HEAD", routeReadyz: "GET, HEAD", routeMetrics: "GET, HEAD",
 }
 
@@ -314,131 +382,6 @@ func decodeKey(raw string) (string, error) {
 		return "", badRequest("the path is not valid percent-encoding: " + err.Error())
 	}
 	return key, nil
-}
-
-// serveKey answers the classic key calls and those under /v1/kv.
-func (c *apiCall) serveKey(raw string) error {
-	method := c.r.Method
-	if methodIndex(method) == 0 || method == http.MethodPost {
-		return badMethod(c.route)
-	}
-	key, err := decodeKey(raw)
-	switch {
-	case err != nil:
-		return err
-	case c.route == routeKey && isReserved(key):
-		return c.reservedPath(raw)
-	case key == "":
-		return errEmptyKey
-	case len(key) > c.api.l.MaxKeyBytes:
-		return &httpRefusal{err: errKeyTooLong, detail: "the key has " + strconv.Itoa(len(key)) +
-			" bytes; the limit is " + strconv.Itoa(c.api.l.MaxKeyBytes)}
-	}
-	switch method {
-	case http.MethodPut:
-		return c.putKey(key)
-	case http.MethodDelete:
-		return c.deleteKey(key)
-	}
-	return c.getKey(key)
-}
-
-func (c *apiCall) getKey(key string) error {
-	if err := c.parseOptions(optRead); err != nil {
-		return err
-	}
-	e, revision, err := c.lookUp(key)
-	if err != nil {
-		if c.route == routeKey && errors.Is(err, errKeyNotFound) {
-			return &httpRefusal{err: err, firstLine: classicGetFailed}
-		}
-		return err
-	}
-	if c.route == routeKV {
-		if asJSON, asBytes := c.accepts(); asJSON && !asBytes {
-			return &httpRefusal{err: errUnsupported, detail: "this version serves values as bytes, not as JSON entries",
-				hint: "add application/octet-stream or */* to Accept"}
-		}
-	}
-	c.writeEntry(&e, revision)
-	return nil
-}
-
-// lookUp gives its slot back before the value is written: a client that reads
-// slowly does not wait on the store.
-func (c *apiCall) lookUp(key string) (kv.Entry, int64, error) {
-	if err := c.acquire(); err != nil {
-		return kv.Entry{}, 0, err
-	}
-	defer c.release()
-	ctx, cancel := context.WithDeadline(c.r.Context(), c.deadline)
-	defer cancel()
-	return c.api.b.get(ctx, key, c.read)
-}
-
-func (c *apiCall) putKey(key string) error {
-	if err := c.parseOptions(0); err != nil {
-		return err
-	}
-	if c.r.Header["Content-Range"] != nil { // RFC 9110, section 14.4
-		return badRequest("header Content-Range: a value is written whole")
-	}
-	// The slot is taken before the body is read, so that it bounds the memory
-	// for bodies too. A slow body gives it back at the latest with its deadline.
-	if err := c.acquire(); err != nil {
-		return err
-	}
-	defer c.release()
-	buf := c.api.buffers.Get().(*[]byte)
-	defer c.api.putBuffer(buf)
-	var err error
-	if *buf, err = c.readBody((*buf)[:0], c.api.l.MaxValueBytes); err != nil {
-		return err
-	}
-	ctx, cancel := context.WithDeadline(c.r.Context(), c.deadline)
-	defer cancel()
-	res, err := c.api.b.put(ctx, key, *buf)
-	if err != nil {
-		return err
-	}
-	h := c.w.Header()
-	setRevisions(h, res.Entry.ModRevision, res.Revision)
-	status := http.StatusNoContent
-	if c.route == routeKV && !res.Existed {
-		status = http.StatusCreated
-		h["Content-Length"] = headerZero
-	}
-	if c.route == routeKey {
-		if _, ok := parseMemberID(key); ok {
-			h["Kv-Notice"] = []string{"numeric key; DELETE /" + key + " removes member " + key}
-		}
-	}
-	c.writeHeader(status)
-	return nil
-}
-
-func (c *apiCall) deleteKey(key string) error {
-	if err := c.parseOptions(0); err != nil {
-		return err
-	}
-	if err := c.acquire(); err != nil {
-		return err
-	}
-	defer c.release()
-	ctx, cancel := context.WithDeadline(c.r.Context(), c.deadline)
-	defer cancel()
-	res, err := c.api.b.delete(ctx, key)
-	if err != nil {
-		return err
-	}
-	h := c.w.Header()
-	h["Kv-Revision"] = []string{strconv.FormatInt(res.Revision, 10)}
-	h["Kv-Deleted"] = headerZero
-	if res.Existed {
-		h["Kv-Deleted"] = headerOne
-	}
-	c.writeHeader(http.StatusNoContent)
-	return nil
 }
 
 // serveClassicMember is POST and DELETE /{id}, raftexample's membership calls.
@@ -497,7 +440,7 @@ func (c *apiCall) removeMember(id uint64) error {
 	if err := c.parseOptions(optForce); err != nil {
 		return err
 	}
-	return c.change(func(ctx context.Context) error { return c.api.b.removeMember(ctx, id, c.force) })
+	return c.change(func(ctx context.Context) error { return c.api.b.removeMember(ctx, id, c.opt.force) })
 }
 
 // change runs a cluster call within the limits and answers 204.
@@ -664,6 +607,12 @@ func (c *apiCall) serveHealth() error {
 			st.Peers = []api.Peer{}
 		}
 		return c.writeJSON(http.StatusOK, st)
+	case routeOpenAPI:
+		if err := c.parseOptions(0); err != nil {
+			return err
+		}
+		c.writeJSONBytes(http.StatusOK, api.OpenAPI)
+		return nil
 	}
 	if err := c.parseOptions(optVerbose); err != nil {
 		return err
@@ -685,11 +634,11 @@ func (c *apiCall) writeChecks(checks []check) {
 		case ck.err != nil:
 			status = http.StatusServiceUnavailable
 			text.WriteString("[-]" + ck.name + " failed: " + ck.err.Error() + "\n")
-		case c.verbose:
+		case c.opt.verbose:
 			text.WriteString("[+]" + ck.name + " ok\n")
 		}
 	}
-	if status == http.StatusOK && !c.verbose {
+	if status == http.StatusOK && !c.opt.verbose {
 		text.WriteString("ok\n")
 	}
 	h := c.w.Header()

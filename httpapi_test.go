@@ -31,6 +31,7 @@ import (
 	"go.uber.org/zap"
 
 	"pontoon/api"
+	"pontoon/internal/watch"
 	"pontoon/kv"
 )
 
@@ -41,7 +42,8 @@ type fakeBackend struct {
 	existed bool                                                // what put and delete found
 	there   bool                                                // what addMember found
 	value   []byte                                              // what get returns instead of "value"
-	onPut   func(ctx context.Context, key string, value []byte) // before put returns
+	result  *kv.Result                                          // what propose returns instead
+	onPut   func(ctx context.Context, key string, value []byte) // before a put returns
 	onGet   func(ctx context.Context) error                     // before get returns
 	sick    []check
 
@@ -66,24 +68,76 @@ func (f *fakeBackend) takeCalls() []string {
 	return calls
 }
 
-func (f *fakeBackend) put(ctx context.Context, key string, value []byte) (kv.Result, error) {
-	f.note("put %q=%q", key, short(value))
-	if f.onPut != nil {
-		f.onPut(ctx, key, value)
+func (f *fakeBackend) propose(ctx context.Context, c *kv.Command) (kv.Result, error) {
+	f.note("%s", commandText(c))
+	if f.onPut != nil && c.Op == kv.OpPut {
+		f.onPut(ctx, c.Key, c.Value)
 	}
-	if f.err != nil {
+	switch {
+	case f.err != nil:
 		return kv.Result{}, f.err
+	case f.result != nil:
+		return *f.result, nil
+	case c.Op == kv.OpPut:
+		return kv.Result{Revision: 9, Existed: f.existed, Entry: kv.Entry{ModRevision: 9}}, ctx.Err()
 	}
-	return kv.Result{Revision: 9, Existed: f.existed, Entry: kv.Entry{ModRevision: 9}}, ctx.Err()
+	return kv.Result{Revision: 9, Existed: f.existed}, ctx.Err()
 }
 
-func (f *fakeBackend) delete(ctx context.Context, key string) (kv.Result, error) {
-	f.note("delete %q", key)
-	return kv.Result{Revision: 9, Existed: f.existed}, f.err
+// commandText is how the tests write a command down: what is zero is left out.
+func commandText(c *kv.Command) string {
+	var text string
+	switch c.Op {
+	case kv.OpPut:
+		text = fmt.Sprintf("put %q=%q", c.Key, short(c.Value))
+	case kv.OpDelete:
+		text = fmt.Sprintf("delete %q", c.Key)
+	case kv.OpDeleteRange:
+		text = fmt.Sprintf("delete range %q", c.Span)
+	case kv.OpTxn:
+		text = fmt.Sprintf("txn %+v", *c.Txn)
+	default:
+		text = fmt.Sprintf("op %d", c.Op)
+	}
+	if c.If.Kind != kv.CheckNothing {
+		text += fmt.Sprintf(" if %d %v", c.If.Kind, c.If.Revisions)
+	}
+	if c.TTL != 0 {
+		text += fmt.Sprintf(" ttl %v", c.TTL)
+	}
+	if c.Lease != 0 {
+		text += fmt.Sprintf(" lease %d", c.Lease)
+	}
+	if (c.Wall != 0) != (c.TTL != 0 || c.Lease != 0) && c.Op != kv.OpTxn {
+		text += fmt.Sprintf(" wall %d", c.Wall)
+	}
+	if c.Once != nil {
+		text += fmt.Sprintf(" once %q", c.Once.Key)
+	}
+	return text
+}
+
+func (o readOptions) String() string {
+	var text string
+	if o.stale {
+		text += " stale"
+	}
+	if o.minRevision != 0 {
+		text += fmt.Sprintf(" min %d", o.minRevision)
+	}
+	if o.revision != 0 {
+		text += fmt.Sprintf(" at %d", o.revision)
+	}
+	return text
+}
+
+func (f *fakeBackend) sync(_ context.Context, o readOptions) error {
+	f.note("sync%v", o)
+	return f.err
 }
 
 func (f *fakeBackend) get(ctx context.Context, key string, o readOptions) (kv.Entry, int64, error) {
-	f.note("get %q %+v", key, o)
+	f.note("get %q%v", key, o)
 	if f.onGet != nil {
 		if err := f.onGet(ctx); err != nil {
 			return kv.Entry{}, 0, err
@@ -97,6 +151,42 @@ func (f *fakeBackend) get(ctx context.Context, key string, o readOptions) (kv.En
 		value = []byte("value")
 	}
 	return kv.Entry{Key: key, Value: value, CreateRevision: 3, ModRevision: 7, Version: 2}, 9, nil
+}
+
+// read shows an empty store.
+func (f *fakeBackend) read(_ context.Context, o readOptions, whole bool, do func(*kv.View) error) error {
+	f.note("read%v whole=%v", o, whole)
+	if f.err != nil {
+		return f.err
+	}
+	v, err := kv.NewState().View(0)
+	if err != nil {
+		return err
+	}
+	return do(v)
+}
+
+func (f *fakeBackend) history(_ context.Context, o readOptions) (kv.History, error) {
+	f.note("history%v", o)
+	return kv.History{}, f.err
+}
+
+func (f *fakeBackend) lease(_ context.Context, id int64, o readOptions) (leaseInfo, error) {
+	f.note("lease %d%v", id, o)
+	if f.err != nil {
+		return leaseInfo{}, f.err
+	}
+	return leaseInfo{Lease: kv.Lease{ID: id, TTL: 30 * time.Second, Keys: 1}, remaining: 29 * time.Second, keys: []string{"k"}}, nil
+}
+
+// subscribe begins a watch that nothing is published to.
+func (f *fakeBackend) subscribe(filter watch.Filter, initial bool) (*watch.Watcher, kv.History, *kv.View, error) {
+	f.note("subscribe %+v initial=%v", filter, initial)
+	if f.err != nil {
+		return nil, kv.History{}, nil, f.err
+	}
+	w, err := new(watch.Hub).Add(filter, 9)
+	return w, kv.History{}, nil, err
 }
 
 func (f *fakeBackend) members() []api.Member {
@@ -152,7 +242,8 @@ func short(b []byte) string {
 
 func testLimits() limits {
 	return limits{MaxKeyBytes: 4096, MaxValueBytes: 1 << 20, MaxInFlight: 16,
-		DefaultTimeout: 5 * time.Second, MaxTimeout: time.Minute, MaxConns: 64}
+		DefaultTimeout: 5 * time.Second, MaxTimeout: time.Minute, MaxConns: 64,
+		MaxExports: 4, MaxTxnBytes: 4 << 20}
 }
 
 // testAPI is a handler with its backend and metrics.
@@ -163,10 +254,13 @@ type testAPI struct {
 	reg *prometheus.Registry
 }
 
-func newTestAPI(f *fakeBackend, l limits) *testAPI {
+func newTestAPI(f *fakeBackend, l limits) *testAPI { return newTestAPIOver(f, f, l) }
+
+// newTestAPIOver serves b, which may be a fake or hold one.
+func newTestAPIOver(b backend, f *fakeBackend, l limits) *testAPI {
 	reg := prometheus.NewRegistry()
 	m := newHTTPMetrics(reg)
-	return &testAPI{newHTTPAPI(f, l, m, reg, zap.NewNop()), f, m, reg}
+	return &testAPI{newHTTPAPI(b, l, m, reg, zap.NewNop()), f, m, reg}
 }
 
 // serveTest runs h on a socket until the test ends, and returns its address.
@@ -285,10 +379,10 @@ func contractRows() []contractRow {
 	long := strings.Repeat("k", 4096)
 	rows := []contractRow{
 		// The classic calls.
-		{method: "GET", target: "/my-key", status: 200, want: value, text: "value", call: `get "my-key" {stale:false minRevision:0}`},
-		{method: "GET", target: "/my-key", headers: "Accept: application/json\r\n", status: 200, want: value, text: "value", call: `get "my-key" {stale:false minRevision:0}`},
-		{method: "HEAD", target: "/my-key", status: 200, want: value, text: "", call: `get "my-key" {stale:false minRevision:0}`},
-		{method: "GET", target: "/my-key", backend: missing, status: 404, text: "Failed to GET\n", code: api.CodeKeyNotFound, call: `get "my-key" {stale:false minRevision:0}`},
+		{method: "GET", target: "/my-key", status: 200, want: value, text: "value", call: `get "my-key"`},
+		{method: "GET", target: "/my-key", headers: "Accept: application/json\r\n", status: 200, want: value, text: "value", call: `get "my-key"`},
+		{method: "HEAD", target: "/my-key", status: 200, want: value, text: "", call: `get "my-key"`},
+		{method: "GET", target: "/my-key", backend: missing, status: 404, text: "Failed to GET\n", code: api.CodeKeyNotFound, call: `get "my-key"`},
 		{method: "PUT", target: "/my-key", body: "hello", headers: form, status: 204, want: written, call: `put "my-key"="hello"`},
 		{method: "PUT", target: "/my-key", body: "a=1&b=%20", headers: form, backend: &fakeBackend{existed: true}, status: 204, want: written, call: `put "my-key"="a=1&b=%20"`},
 		{method: "PUT", target: "/my-key", status: 204, want: written, call: `put "my-key"=""`},
@@ -312,19 +406,20 @@ func contractRows() []contractRow {
 		{method: "OPTIONS", target: "/my-key", status: 405, want: []string{"Allow: GET, HEAD, PUT, POST, DELETE"}, code: api.CodeMethodNotAllowed},
 		{method: "GET", target: "/", status: 400, code: api.CodeBadRequest, text: "~Empty key"},
 		{method: "PUT", target: "/v1/kv/", body: "x", status: 400, code: api.CodeBadRequest, text: "~Empty key"},
-		{method: "GET", target: "/" + long, status: 200, text: "value", call: `get "` + long + `" {stale:false minRevision:0}`},
+		{method: "GET", target: "/" + long, status: 200, text: "value", call: `get "` + long + `"`},
 		{method: "GET", target: "/" + long + "k", status: 414, code: api.CodeKeyTooLong},
-		{method: "GET", target: "/" + strings.Repeat("%6B", 4096), status: 200, text: "value", call: `get "` + long + `" {stale:false minRevision:0}`},
+		{method: "GET", target: "/" + strings.Repeat("%6B", 4096), status: 200, text: "value", call: `get "` + long + `"`},
 		{method: "PUT", target: "/v1/kv/" + long + "k", body: "x", status: 414, code: api.CodeKeyTooLong},
 
 		// /v1/kv.
-		{method: "GET", target: "/v1/kv/my-key", status: 200, want: value, text: "value", call: `get "my-key" {stale:false minRevision:0}`},
-		{method: "HEAD", target: "/v1/kv/my-key", status: 200, want: value, call: `get "my-key" {stale:false minRevision:0}`},
-		{method: "GET", target: "/v1/kv/my-key", backend: missing, status: 404, code: api.CodeKeyNotFound, text: "Key not found: the key does not exist\nhint: write it with PUT first\n", call: `get "my-key" {stale:false minRevision:0}`},
-		{method: "GET", target: "/v1/kv/k?consistency=stale&min_revision=12", status: 200, text: "value", call: `get "k" {stale:true minRevision:12}`},
-		{method: "GET", target: "/k?consistency=linearizable", status: 200, text: "value", call: `get "k" {stale:false minRevision:0}`},
-		{method: "GET", target: "/v1/kv/k", headers: "Accept: application/json\r\n", status: 501, code: api.CodeUnsupported, call: `get "k" {stale:false minRevision:0}`},
-		{method: "GET", target: "/v1/kv/k", headers: "Accept: application/json, */*;q=0.1\r\n", status: 200, text: "value", call: `get "k" {stale:false minRevision:0}`},
+		{method: "GET", target: "/v1/kv/my-key", status: 200, want: value, text: "value", call: `get "my-key"`},
+		{method: "HEAD", target: "/v1/kv/my-key", status: 200, want: value, call: `get "my-key"`},
+		{method: "GET", target: "/v1/kv/my-key", backend: missing, status: 404, code: api.CodeKeyNotFound, text: "Key not found: the key does not exist\nhint: write it with PUT first\n", call: `get "my-key"`},
+		{method: "GET", target: "/v1/kv/k?consistency=stale&min_revision=12", status: 200, text: "value", call: `get "k" stale min 12`},
+		{method: "GET", target: "/k?consistency=linearizable", status: 200, text: "value", call: `get "k"`},
+		{method: "GET", target: "/v1/kv/k", headers: "Accept: application/json\r\n", status: 200, want: []string{`Etag: "7"`, "Kv-Revision: 9", "Kv-Create-Revision: 3", "Kv-Version: 2", "Content-Type: application/json", "Vary: Accept", "X-Content-Type-Options: nosniff", "Content-Security-Policy: sandbox"},
+			text: `{"key":"k","value":"value","create_revision":3,"mod_revision":7,"version":2}` + "\n", call: `get "k"`},
+		{method: "GET", target: "/v1/kv/k", headers: "Accept: application/json;q=0.1, */*\r\n", status: 200, want: append(value, "Vary: Accept"), text: "value", call: `get "k"`},
 		{method: "PUT", target: "/v1/kv/k", body: "x", status: 201, want: append(written, "Content-Length: 0"), call: `put "k"="x"`},
 		{method: "PUT", target: "/v1/kv/k", body: "x", backend: &fakeBackend{existed: true}, status: 204, want: written, call: `put "k"="x"`},
 		{method: "PUT", target: "/v1/kv/k", body: strings.Repeat("v", 1<<20), status: 201, call: `put "k"="1048576 bytes"`},
@@ -339,8 +434,8 @@ func contractRows() []contractRow {
 		{method: "PUT", target: "/k", body: "x", backend: &fakeBackend{err: errCommitTimeout}, status: 504, code: api.CodeCommitTimeout, outcome: api.OutcomeUnknown, call: `put "k"="x"`},
 		{method: "PUT", target: "/k", body: "x", backend: &fakeBackend{err: errDiskLow}, status: 507, code: api.CodeDiskLow, call: `put "k"="x"`},
 		{method: "PUT", target: "/k", body: "x", backend: &fakeBackend{err: errors.New("secret /var/lib")}, status: 500, code: api.CodeInternal, outcome: api.OutcomeUnknown, text: "Internal error: the member met an unexpected error; its log has it\nhint: a write may have taken effect: read the key back; the log of this member says what went wrong\n", call: `put "k"="x"`},
-		{method: "GET", target: "/k", backend: &fakeBackend{err: errors.New("secret")}, status: 500, code: api.CodeInternal, call: `get "k" {stale:false minRevision:0}`},
-		{method: "GET", target: "/k", backend: &fakeBackend{err: errNoLeader}, status: 503, want: []string{"Retry-After: 1"}, code: api.CodeNoLeader, text: "~No leader: ", call: `get "k" {stale:false minRevision:0}`},
+		{method: "GET", target: "/k", backend: &fakeBackend{err: errors.New("secret")}, status: 500, code: api.CodeInternal, call: `get "k"`},
+		{method: "GET", target: "/k", backend: &fakeBackend{err: errNoLeader}, status: 503, want: []string{"Retry-After: 1"}, code: api.CodeNoLeader, text: "~No leader: ", call: `get "k"`},
 
 		// The cluster.
 		{method: "GET", target: "/v1/members", status: 200, want: []string{"Content-Type: application/json"}, text: `{"members":[{"id":1,"peer_urls":["http://h:1"],"role":"voter","leader":true}]}` + "\n"},
@@ -387,7 +482,7 @@ func contractRows() []contractRow {
 		{method: "POST", target: "/v1/leader", headers: "Origin: http://pontoon.evil\r\n", body: `{"to":1}`, status: 403, code: api.CodeCrossOrigin},
 		{method: "PUT", target: "/k", headers: "Origin: http://pontoon\r\n", body: "x", status: 204, call: `put "k"="x"`},
 		{method: "PUT", target: "/k", headers: "Sec-Fetch-Site: same-origin\r\n", body: "x", status: 204, call: `put "k"="x"`},
-		{method: "GET", target: "/k", headers: "Sec-Fetch-Site: cross-site\r\n", status: 200, text: "value", call: `get "k" {stale:false minRevision:0}`},
+		{method: "GET", target: "/k", headers: "Sec-Fetch-Site: cross-site\r\n", status: 200, text: "value", call: `get "k"`},
 	}
 	return slices.Concat(rows, reservedRows(), refusedOptionRows(), badBodyRows())
 }
@@ -419,32 +514,52 @@ func reservedRows() []contractRow {
 	for _, name := range []string{"v2", "v10", "V1", "healthz", "versions", "livez2", "metric"} {
 		rows = append(rows, contractRow{method: "PUT", target: "/" + name, body: "x", status: 204, call: fmt.Sprintf(`put %q="x"`, name)})
 	}
-	for _, call := range []string{"GET /v1/kv?prefix=a", "DELETE /v1/kv?prefix=a", "POST /v1/kv", "POST /v1/txn", "GET /v1/watch?key=a",
-		"POST /v1/leases", "GET /v1/leases/7", "GET /v1/snapshot"} {
-		method, target, _ := strings.Cut(call, " ")
-		rows = append(rows, contractRow{method: method, target: target, status: 501, code: api.CodeUnsupported})
-	}
+	rows = append(rows, contractRow{method: "GET", target: "/v1/snapshot", status: 501, code: api.CodeUnsupported})
 	return rows
 }
 
 // refusedOptionRows: no option or header is ever ignored.
 func refusedOptionRows() []contractRow {
 	var rows []contractRow
-	unsupported := func(method, target, headers, name string) {
-		rows = append(rows, contractRow{method: method, target: target, headers: headers, status: 501, code: api.CodeUnsupported, text: "~" + name})
+	refused := func(method, target, headers, name string) {
+		rows = append(rows, contractRow{method: method, target: target, headers: headers, status: 400, code: api.CodeBadRequest, text: "~" + name})
 	}
-	for _, header := range []string{`If-Match: "17"`, `If-Match: *`, `If-None-Match: *`, `If-None-Match: "7"`, "Idempotency-Key: a", "Prefer: wait=30"} {
+	for header, calls := range map[string][]string{
+		`If-Match: "17"`:                {"GET /k", "HEAD /v1/kv/k", "DELETE /3", "POST /v1/members", "GET /v1/status", "POST /v1/txn", "POST /v1/leases"},
+		`If-None-Match: "7"`:            {"DELETE /3", "POST /4", "POST /v1/members", "GET /v1/members", "POST /v1/txn", "GET /v1/leases/7"},
+		"Idempotency-Key: a":            {"GET /k", "GET /v1/kv/k", "DELETE /3", "POST /v1/members", "GET /v1/leases/7"},
+		"Prefer: wait=30":               {"PUT /k", "DELETE /v1/kv/k", "POST /v1/txn", "POST /v1/leases", "GET /v1/leases/7"},
+		"Prefer: return=none":           {"PUT /k"},
+		"Prefer: return=representation": {"GET /k", "GET /v1/kv/k", "DELETE /v1/kv/k", "POST /v1/txn", "POST /v1/leases"},
+		"Prefer: respond-async":         {"PUT /k", "GET /v1/kv/k"},
+		"Last-Event-ID: 7":              {"GET /k", "PUT /v1/kv/k", "POST /v1/txn", "GET /v1/leases/7"},
+		"If-Unmodified-Since: x":        {"PUT /k", "GET /k"},
+		"If-Range: x":                   {"GET /v1/kv/k"},
+	} {
 		name, _, _ := strings.Cut(header, ":")
-		for _, call := range []string{"GET /k", "PUT /k", "GET /v1/kv/k", "PUT /v1/kv/k", "DELETE /v1/kv/k", "DELETE /3", "POST /v1/members"} {
+		for _, call := range calls {
 			method, target, _ := strings.Cut(call, " ")
-			unsupported(method, target, header+"\r\n", name)
+			text := name
+			if method == "HEAD" {
+				continue // its answer has no text
+			}
+			refused(method, target, header+"\r\n", http.CanonicalHeaderKey(text))
 		}
 	}
-	for _, option := range []string{"revision=3", "history=20", "ttl=30s", "lease=7", "prefix=a", "limit=5", "count=true", "all=true"} {
+	for option, calls := range map[string][]string{
+		"revision=3": {"PUT /k", "PUT /v1/kv/k", "DELETE /v1/kv/k", "POST /v1/txn", "GET /v1/leases/7"},
+		"history=20": {"GET /k", "PUT /v1/kv/k", "DELETE /v1/kv/k"},
+		"ttl=30s":    {"GET /k", "GET /v1/kv/k", "DELETE /v1/kv/k", "POST /v1/txn", "POST /v1/leases"},
+		"lease=7":    {"GET /k", "DELETE /v1/kv/k", "POST /v1/txn"},
+		"prefix=a":   {"GET /k", "PUT /k", "GET /v1/kv/k", "DELETE /v1/kv/k", "POST /v1/txn"},
+		"limit=5":    {"GET /v1/kv/k", "PUT /k"},
+		"count=true": {"GET /v1/kv/k"},
+		"all=true":   {"DELETE /v1/kv/k", "GET /k"},
+	} {
 		name, _, _ := strings.Cut(option, "=")
-		for _, call := range []string{"GET /k", "PUT /k", "GET /v1/kv/k", "PUT /v1/kv/k", "DELETE /v1/kv/k"} {
+		for _, call := range calls {
 			method, target, _ := strings.Cut(call, " ")
-			unsupported(method, target+"?"+option, "", name)
+			refused(method, target+"?"+option, "", name)
 		}
 	}
 	for _, call := range []string{
@@ -564,7 +679,11 @@ func TestErrorTable(t *testing.T) {
 		"errStopping": "503 stopping not_applied", "errDiskLow": "507 disk_low not_applied",
 		"errUnsupported": "501 unsupported not_applied", "errCommitTimeout": "504 commit_timeout unknown",
 		"errNoSuchPath": "404 path_not_found not_applied", "errBadMethod": "405 method_not_allowed not_applied",
-		"errCrossOrigin": "403 cross_origin not_applied",
+		"errCrossOrigin": "403 cross_origin not_applied", "errPrecondition": "412 precondition_failed not_applied",
+		"errLeaseNotFound": "404 lease_not_found not_applied", "errCompacted": "410 revision_compacted not_applied",
+		"errFutureRevision": "400 future_revision not_applied", "errOnceMismatch": "422 idempotency_mismatch not_applied",
+		"errOnceExpired": "409 idempotency_expired not_applied", "errOnceFull": "429 overloaded not_applied",
+		"errReadsTooMuch": "413 too_large not_applied", "errTooManyWatches": "429 overloaded not_applied",
 	}
 	sentinels := map[string]error{
 		"errKeyNotFound": errKeyNotFound, "errEmptyKey": errEmptyKey, "errKeyTooLong": errKeyTooLong, "errTooLarge": errTooLarge,
@@ -573,6 +692,9 @@ func TestErrorTable(t *testing.T) {
 		"errTransferRefused": errTransferRefused, "errTransferTimeout": errTransferTimeout, "errOverloaded": errOverloaded,
 		"errNoLeader": errNoLeader, "errStopping": errStopping, "errDiskLow": errDiskLow, "errUnsupported": errUnsupported,
 		"errCommitTimeout": errCommitTimeout, "errNoSuchPath": errNoSuchPath, "errBadMethod": errBadMethod, "errCrossOrigin": errCrossOrigin,
+		"errPrecondition": errPrecondition, "errLeaseNotFound": errLeaseNotFound, "errCompacted": errCompacted,
+		"errFutureRevision": errFutureRevision, "errOnceMismatch": errOnceMismatch, "errOnceExpired": errOnceExpired,
+		"errOnceFull": errOnceFull, "errReadsTooMuch": errReadsTooMuch, "errTooManyWatches": errTooManyWatches,
 	}
 	for _, name := range slices.Concat(sentinelNames(t, "errors.go"), sentinelNames(t, "httperror.go")) {
 		err, ok := sentinels[name]
@@ -653,7 +775,7 @@ func TestKeysAsTheyStand(t *testing.T) {
 	for target, key := range targets {
 		exchange(t, addr, "PUT", target, "", "v")
 		exchange(t, addr, "GET", target, "", "")
-		want := []string{fmt.Sprintf(`put %q="v"`, key), fmt.Sprintf("get %q {stale:false minRevision:0}", key)}
+		want := []string{fmt.Sprintf(`put %q="v"`, key), fmt.Sprintf("get %q", key)}
 		if got := h.takeCalls(); !slices.Equal(got, want) {
 			t.Errorf("%s: calls %q, want %q", target, got, want)
 		}
@@ -1240,7 +1362,7 @@ type benchBackend struct {
 	entry kv.Entry
 }
 
-func (b *benchBackend) put(context.Context, string, []byte) (kv.Result, error) {
+func (b *benchBackend) propose(context.Context, *kv.Command) (kv.Result, error) {
 	return kv.Result{Revision: 123456, Entry: kv.Entry{ModRevision: 123456}}, nil
 }
 

@@ -214,6 +214,7 @@ func (c *apiCall) writeEntry(e *kv.Entry, revision int64) {
 	h["Kv-Create-Revision"] = values[2:3:3]
 	h["Kv-Version"] = values[3:4:4]
 	h["Content-Length"] = values[4:5:5]
+	setExpires(h, e.Expires)
 	h["Content-Type"] = headerOctets
 	c.safetyHeaders()
 	c.writeHeader(http.StatusOK)

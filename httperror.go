@@ -78,6 +78,24 @@ var errorTable = []errorRow{
 		"send it to another member, or again once this one is back"},
 	{errDiskLow, api.CodeDiskLow, api.OutcomeNotApplied, "Disk low",
 		"free space on the disk of the data directory; reads go on, and writes resume by themselves"},
+	{errPrecondition, api.CodePreconditionFailed, api.OutcomeNotApplied, "Precondition failed",
+		"read the key, decide anew, and send the write with the ETag that the answer shows"},
+	{errLeaseNotFound, api.CodeLeaseNotFound, api.OutcomeNotApplied, "Lease not found",
+		"it has expired, was deleted, or never was; make a new one with POST /v1/leases"},
+	{errCompacted, api.CodeRevisionCompacted, api.OutcomeNotApplied, "Revision compacted",
+		"read the present state instead (a list, or a watch with initial=true) and go on from its revision"},
+	{errFutureRevision, api.CodeFutureRevision, api.OutcomeNotApplied, "Future revision",
+		"use a revision of an earlier answer of this cluster; min_revision=N waits for one"},
+	{errOnceMismatch, api.CodeIdempotencyMismatch, api.OutcomeNotApplied, "Idempotency key reused",
+		"use a new Idempotency-Key for every new request, and the same one only to repeat a request unchanged"},
+	{errOnceExpired, api.CodeIdempotencyExpired, api.OutcomeNotApplied, "Idempotency key expired",
+		"this repetition did nothing; the first request with this key was answered long ago: read what it changed before sending it under a new key"},
+	{errOnceFull, api.CodeOverloaded, api.OutcomeNotApplied, "Too many idempotency keys",
+		"send it again after a pause that grows; results leave as their window ends"},
+	{errReadsTooMuch, api.CodeTooLarge, api.OutcomeNotApplied, "Transaction reads too much",
+		"lower the limits of its gets, or read with GET /v1/kv"},
+	{errTooManyWatches, api.CodeOverloaded, api.OutcomeNotApplied, "Too many watches",
+		"watch on another member, or several keys and prefixes in one watch"},
 	{errUnsupported, api.CodeUnsupported, api.OutcomeNotApplied, "Unsupported",
 		"send it without what the detail names"},
 	{context.DeadlineExceeded, api.CodeCommitTimeout, api.OutcomeUnknown, "Timed out",
@@ -98,10 +116,14 @@ const statusClientClosed = 499
 // httpRefusal is a sentinel with what this one occurrence adds to its row.
 type httpRefusal struct {
 	err       error
-	detail    string // empty: the text of err
-	hint      string // empty: that of the row
-	allow     string // value of Allow, with errBadMethod
-	firstLine string // stands for `title: detail` in the plain text of a classic call
+	detail    string        // empty: the text of err
+	hint      string        // empty: that of the row
+	allow     string        // value of Allow, with errBadMethod
+	current   int64         // mod revision of the key, with errPrecondition
+	outcome   api.Outcome   // empty: that of the row
+	line      int           // of an import
+	applied   *api.Imported // of an import
+	firstLine string        // stands for `title: detail` in the plain text of a classic call
 }
 
 func (e *httpRefusal) Error() string {
@@ -130,6 +152,14 @@ func (c *apiCall) fail(err error) {
 	}
 	if ref.hint != "" {
 		p.Hint = ref.hint
+	}
+	if ref.outcome != "" {
+		p.Outcome = ref.outcome
+	}
+	p.CurrentRevision, p.Line, p.Applied = ref.current, ref.line, ref.applied
+	var gone *compactedError
+	if errors.As(err, &gone) {
+		p.CompactRevision = gone.compact
 	}
 	switch {
 	case !known:

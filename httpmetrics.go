@@ -19,6 +19,12 @@ const (
 	routeKey                   // GET, HEAD, PUT /{key}
 	routeMember                // POST, DELETE /{id}
 	routeKV                    // /v1/kv/{key}
+	routeRange                 // /v1/kv
+	routeTxn                   // /v1/txn
+	routeWatch                 // /v1/watch
+	routeLeases                // /v1/leases
+	routeLeaseID               // /v1/leases/{id}
+	routeOpenAPI               // /v1/openapi.json
 	routeMembers               // /v1/members
 	routeMemberID              // /v1/members/{id}
 	routePromote               // /v1/members/{id}/promote
@@ -32,7 +38,8 @@ const (
 )
 
 var routeNames = [routeCount]string{
-	"other", "/{key}", "/{id}", "/v1/kv/{key}", "/v1/members", "/v1/members/{id}",
+	"other", "/{key}", "/{id}", "/v1/kv/{key}", "/v1/kv", "/v1/txn", "/v1/watch",
+	"/v1/leases", "/v1/leases/{id}", "/v1/openapi.json", "/v1/members", "/v1/members/{id}",
 	"/v1/members/{id}/promote", "/v1/leader", "/v1/status", "/livez", "/readyz", "/metrics", "unbuilt",
 }
 
@@ -69,6 +76,10 @@ func (l *lazyChild[T]) get(resolve func() T) T {
 type httpMetrics struct {
 	inFlight atomic.Int64 // requests that wait on the store; also the count behind limits.MaxInFlight
 
+	watchers    atomic.Int64 // watches and long polls that are open
+	watchEvents prometheus.Counter
+	watchesCut  prometheus.Counter
+
 	durations *prometheus.HistogramVec
 	requests  *prometheus.CounterVec
 	duration  [routeCount][len(metricMethods)]lazyChild[prometheus.Observer]
@@ -81,15 +92,26 @@ func newHTTPMetrics(reg prometheus.Registerer) *httpMetrics {
 	m := &httpMetrics{
 		durations: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name:    "pontoon_http_request_duration_seconds",
-			Help:    "Time from the request's header to its answer, by route and method.",
+			Help:    "Time from the request's header to its answer, by route and method; of a watch, to the answer's header.",
 			Buckets: []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60},
 		}, []string{"route", "method"}),
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "pontoon_http_requests_total",
 			Help: "Requests answered, by route and status code; 499 where the client left first.",
 		}, []string{"route", "code"}),
+		watchEvents: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "pontoon_watch_events_total",
+			Help: "Events sent to watches, each once for every watch that got it.",
+		}),
+		watchesCut: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "pontoon_watches_cut_total",
+			Help: "Watches that were ended because they did not keep up, with what they need to go on.",
+		}),
 	}
-	reg.MustRegister(m.durations, m.requests, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+	reg.MustRegister(m.durations, m.requests, m.watchEvents, m.watchesCut, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "pontoon_watchers",
+		Help: "Watches and long polls that are open.",
+	}, func() float64 { return float64(m.watchers.Load()) }), prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "pontoon_http_requests_in_flight",
 		Help: "Requests that wait on the store; at its limit more are answered 429.",
 	}, func() float64 { return float64(m.inFlight.Load()) }))

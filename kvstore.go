@@ -12,6 +12,7 @@ import (
 	"go.uber.org/zap"
 
 	"pontoon/internal/wait"
+	"pontoon/internal/watch"
 	"pontoon/kv"
 )
 
@@ -28,12 +29,14 @@ type kvstore struct {
 	log  *zap.Logger
 	met  *nodeMetrics
 
-	applied  *wait.Index // shared with the loop, which makes reads wait for it
-	revision wait.Index
-	started  time.Time
-	diskLow  atomic.Bool // set by the disk watcher
-	stopping atomic.Bool // set once this member shuts down
-	failC    chan error  // capacity 1: why nothing more can be applied
+	applied   *wait.Index // shared with the loop, which makes reads wait for it
+	revision  wait.Index
+	started   time.Time
+	diskLow   atomic.Bool // set by the disk watcher
+	stopping  atomic.Bool // set once this member shuts down
+	hub       watch.Hub
+	published chan struct{} // capacity 1: there may be changes to hand to the hub
+	failC     chan error    // capacity 1: why nothing more can be applied
 
 	mu struct {
 		sync.RWMutex
@@ -56,29 +59,22 @@ type kvstore struct {
 
 func newKVStore(n *raftNode, r *recovered, disk snapshotWriter) *kvstore {
 	s := &kvstore{node: n, disk: disk, cfg: n.cfg, log: n.log, met: n.met, applied: n.applied, started: time.Now(),
-		failC: make(chan error, 1), snapped: make(chan int64, 1), table: n.members.Load(), term: r.snap.Term}
+		failC: make(chan error, 1), snapped: make(chan int64, 1), published: make(chan struct{}, 1), table: n.members.Load(), term: r.snap.Term}
 	s.mu.state = r.state
 	s.applied.Advance(r.state.Applied())
 	s.revision.Advance(uint64(r.state.Revision()))
+	s.hub.SetLimit(maxWatches)
+	s.publishClock()
 	return s
 }
 
 var proposals = sync.Pool{New: func() any { return &proposal{done: make(chan struct{}, 1)} }}
 
-// put stores a value. It returns once the write is on disk at a majority,
-// committed and applied here.
-func (s *kvstore) put(ctx context.Context, key string, value []byte) (kv.Result, error) {
-	return s.propose(ctx, kv.Command{Op: kv.OpPut, Key: key, Value: value})
-}
-
-// delete removes a key. Deleting an absent key succeeds and changes nothing.
-func (s *kvstore) delete(ctx context.Context, key string) (kv.Result, error) {
-	return s.propose(ctx, kv.Command{Op: kv.OpDelete, Key: key})
-}
-
-// propose gives one command to raft and waits for its result. An error other
-// than errCommitTimeout means that the command did not and will never happen.
-func (s *kvstore) propose(ctx context.Context, c kv.Command) (kv.Result, error) {
+// propose gives one command to raft and waits for its result: it returns once
+// the command is on disk at a majority, committed and applied here. An error
+// other than errCommitTimeout means that the command did not and will never
+// happen.
+func (s *kvstore) propose(ctx context.Context, c *kv.Command) (kv.Result, error) {
 	if s.diskLow.Load() {
 		return kv.Result{}, errDiskLow
 	}
@@ -188,8 +184,14 @@ func (s *kvstore) apply(c *commit) error {
 	s.mu.RLock()
 	index, rev := s.mu.state.Applied(), s.mu.state.Revision()
 	s.mu.RUnlock()
+	s.publishClock()
 	s.applied.Advance(index)
-	s.revision.Advance(uint64(rev))
+	if s.revision.Advance(uint64(rev)); s.hub.Len() > 0 {
+		select {
+		case s.published <- struct{}{}:
+		default: // the dispatcher will look anyway
+		}
+	}
 	return nil
 }
 
@@ -212,9 +214,9 @@ func (s *kvstore) applyEntry(e *raftpb.Entry, confs []confResult) error {
 	if err := kv.DecodeBatch(e.GetData(), &s.batch); err != nil {
 		return fmt.Errorf("%w: log entry %d: %w", errDurability, index, err)
 	}
-	if s.table != nil && s.table.isRemoved(s.batch.Node) {
-		// Its replay window is gone (ForgetNode), so a batch that it proposed
-		// twice could apply twice. Nobody waits for it any more.
+	if s.table != nil && s.table.isRemoved(s.batch.Node) || !mayTick(&s.batch, e.GetTerm()) {
+		// The replay window of a removed member is gone (ForgetNode), so a batch
+		// that it proposed twice could apply twice. Nobody waits for it any more.
 		s.mu.Lock()
 		s.mu.state.SetApplied(index)
 		s.mu.Unlock()

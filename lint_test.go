@@ -56,6 +56,7 @@ var lintEdges = []struct {
 	{".", "pontoon/client", true, "tests talk to a node as its users do"},
 	{".", "github.com/anishathalye/porcupine", true, "checks histories for linearizability"},
 	{".", "pgregory.net/rapid", true, "random histories that shrink"},
+	{".", "github.com/santhosh-tekuri/jsonschema/v6", true, "holds real answers against api/openapi.json"},
 
 	{"kv", lintStd, false, "the state machine: the same commands give the same state on every node"},
 	{"kv", "github.com/tidwall/btree", false, "an ordered map that copies in O(1), for snapshots while writes go on"},
@@ -67,6 +68,10 @@ var lintEdges = []struct {
 	{"client", "pontoon/api", false, "the shapes and codes it decodes"},
 
 	{"internal/wait", lintStd, false, "who waits for which result: a rule without raft"},
+
+	{"internal/watch", lintStd, false, "who gets which events: a rule without raft"},
+	{"internal/watch", "pontoon/kv", false, "events and spans of keys"},
+	{"internal/watch", "pgregory.net/rapid", true, "random filters and events against a naive list"},
 }
 
 // lintRefused overrules lintEdges, so that an edge cannot be drawn in passing.

@@ -88,13 +88,18 @@ func (l *boundedListener) Close() error {
 // clientConn gives its place back when it closes, and ends when a writer is
 // stuck because the client does not read.
 //
-// writeUntil belongs to the one goroutine that writes at a time: net/http
-// serializes the writes of a connection, for HTTP/2 as well.
+// One goroutine writes at a time, because net/http serializes the writes of a
+// connection, for HTTP/2 as well. Only the writer changes writeUntil, and reads it
+// without the lock; whoever sets another deadline reads it under the lock.
 type clientConn struct {
 	net.Conn
 	writeUntil time.Time
-	closeOnce  sync.Once
-	release    func()
+	mu         struct {
+		sync.Mutex
+		until time.Time // what a handler set; zero: nothing
+	}
+	closeOnce sync.Once
+	release   func()
 }
 
 // Write arms the deadline anew only when half of it is gone, so that a stuck
@@ -104,8 +109,7 @@ func (c *clientConn) Write(p []byte) (int, error) {
 	written := 0
 	for {
 		if now := time.Now(); c.writeUntil.Sub(now) < writeProgress/2 {
-			c.writeUntil = now.Add(writeProgress)
-			if err := c.Conn.SetWriteDeadline(c.writeUntil); err != nil {
+			if err := c.armWrite(now.Add(writeProgress)); err != nil {
 				return written, err
 			}
 		}
@@ -118,17 +122,34 @@ func (c *clientConn) Write(p []byte) (int, error) {
 	}
 }
 
-// SetWriteDeadline leaves the deadline of Write in force: net/http lifts its own
-// after each answer, and would lift ours with it. Any other is refused, so that
-// a handler that wants one hears of it.
-func (c *clientConn) SetWriteDeadline(t time.Time) error {
-	if t.IsZero() {
-		return nil
+// armWrite sets the writer's deadline, or a handler's that comes before it.
+func (c *clientConn) armWrite(until time.Time) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.writeUntil = until
+	if !c.mu.until.IsZero() && c.mu.until.Before(until) {
+		until = c.mu.until
 	}
-	return fmt.Errorf("a client connection ends stuck writes by itself: %w", errors.ErrUnsupported)
+	return c.Conn.SetWriteDeadline(until)
 }
 
-// SetDeadline lifts the read deadline, or is refused for its writing half.
+// SetWriteDeadline lets a handler end a write earlier than Write would: the
+// earlier of both deadlines holds, also for a write that is stuck right now.
+// The zero time, which net/http sets after each answer, leaves that of Write.
+func (c *clientConn) SetWriteDeadline(t time.Time) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if t.IsZero() && c.mu.until.IsZero() {
+		return nil // after every answer
+	}
+	c.mu.until = t
+	if t.IsZero() || c.writeUntil.Before(t) {
+		t = c.writeUntil
+	}
+	return c.Conn.SetWriteDeadline(t)
+}
+
+// SetDeadline is that of net.Conn, for both halves.
 func (c *clientConn) SetDeadline(t time.Time) error {
 	if err := c.SetWriteDeadline(t); err != nil {
 		return err

@@ -233,18 +233,78 @@ func TestStuckSecondAnswerEnds(t *testing.T) {
 	})
 }
 
-func TestForeignWriteDeadlineIsRefused(t *testing.T) {
-	_, server := net.Pipe()
-	defer server.Close()
-	c := &clientConn{Conn: server, release: func() {}}
-	for name, set := range map[string]func(time.Time) error{"SetWriteDeadline": c.SetWriteDeadline, "SetDeadline": c.SetDeadline} {
-		if err := set(time.Now()); !errors.Is(err, errors.ErrUnsupported) {
-			t.Errorf("%s: %v", name, err)
-		}
-		if err := set(time.Time{}); err != nil {
-			t.Errorf("%s of zero: %v", name, err)
-		}
+// The earlier of two deadlines ends a write: that of Write, or a handler's,
+// whether it was set before the write or while it is stuck.
+func TestHandlerWriteDeadline(t *testing.T) {
+	const never = -1
+	for _, row := range []struct {
+		name          string
+		before, while time.Duration // the handler's deadline, set before and one second into the write; 0: not set
+		lift          bool          // the handler's deadline is lifted before the write
+		took          time.Duration
+	}{
+		{"none", 0, 0, false, writeProgress},
+		{"before", 5 * time.Second, 0, false, 5 * time.Second},
+		{"later than ours", time.Hour, 0, false, writeProgress},
+		{"while stuck", 0, 5 * time.Second, false, 6 * time.Second},
+		{"while stuck, past", 0, never, false, time.Second},
+		{"while stuck, later than ours", 0, time.Hour, false, writeProgress},
+		{"lifted", 5 * time.Second, 0, true, writeProgress},
+		{"past and lifted", never, 0, true, writeProgress},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				client, server := net.Pipe()
+				defer client.Close()
+				c := &clientConn{Conn: server, release: func() {}}
+				defer c.Close()
+				set := func(d time.Duration) {
+					if err := c.SetWriteDeadline(time.Now().Add(d)); err != nil {
+						t.Error(err)
+					}
+				}
+				if row.before != 0 {
+					set(row.before)
+				}
+				if row.lift {
+					c.SetWriteDeadline(time.Time{})
+				}
+				if row.while != 0 {
+					go func() { <-time.After(time.Second); set(row.while) }()
+				}
+				start := time.Now()
+				if _, err := c.Write([]byte("x")); !errors.Is(err, os.ErrDeadlineExceeded) || time.Since(start) != row.took {
+					t.Errorf("%v after %v, want an end after %v", err, time.Since(start), row.took)
+				}
+			})
+		})
 	}
+}
+
+// Progress moves the deadline of Write, and never a handler's.
+func TestHandlerWriteDeadlineStays(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client, server := net.Pipe()
+		defer client.Close()
+		c := &clientConn{Conn: server, release: func() {}}
+		defer c.Close()
+		start := time.Now()
+		c.SetWriteDeadline(start.Add(2 * writeProgress))
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			for {
+				<-time.After(writeProgress / 4)
+				if _, err := io.CopyN(io.Discard, client, writePiece); err != nil {
+					return
+				}
+			}
+		})
+		if _, err := c.Write(make([]byte, 50*writePiece)); !errors.Is(err, os.ErrDeadlineExceeded) || time.Since(start) != 2*writeProgress {
+			t.Errorf("%v after %v", err, time.Since(start))
+		}
+		client.Close()
+		wg.Wait()
+	})
 }
 
 // A write after a long silence starts with a whole deadline.

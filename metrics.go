@@ -3,6 +3,8 @@ package main
 import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
+
+	"pontoon/kv"
 )
 
 // nodeMetrics are this node's own. The libraries register theirs under etcd's
@@ -64,7 +66,18 @@ func (s *kvstore) registerGauges(r prometheus.Registerer) {
 	})
 	gauge("proposals_queued", "Commands that wait to be proposed.", func() float64 { return float64(len(s.node.proposeC)) })
 	gauge("disk_low", "1 while writes are refused for lack of disk space.", func() float64 { return b(s.diskLow.Load()) })
-	gauge("keys", "Keys in the store.", func() float64 { s.mu.RLock(); defer s.mu.RUnlock(); return float64(s.mu.state.Len()) })
-	gauge("revision", "Store revision.", func() float64 { s.mu.RLock(); defer s.mu.RUnlock(); return float64(s.mu.state.Revision()) })
-	gauge("state_bytes", "Bytes of keys and values.", func() float64 { s.mu.RLock(); defer s.mu.RUnlock(); return float64(s.mu.state.Bytes()) })
+	state := func(f func(*kv.State) int64) func() float64 {
+		return func() float64 {
+			s.mu.RLock()
+			defer s.mu.RUnlock()
+			return float64(f(s.mu.state))
+		}
+	}
+	gauge("keys", "Keys in the store.", state(func(st *kv.State) int64 { return int64(st.Len()) }))
+	gauge("revision", "Store revision.", state((*kv.State).Revision))
+	gauge("compact_revision", "Revision up to which changes are no longer known.", state(func(st *kv.State) int64 { return st.History().Compacted() }))
+	gauge("state_bytes", "Bytes of keys and values.", state((*kv.State).Bytes))
+	gauge("leases", "Leases, those of single keys included.", state(func(st *kv.State) int64 { return int64(st.Leases()) }))
+	gauge("idempotency_results", "Results kept for idempotency keys.", state(func(st *kv.State) int64 { return int64(st.Kept()) }))
+	gauge("watches", "Open watches and long polls.", func() float64 { return float64(s.hub.Len()) })
 }

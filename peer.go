@@ -99,6 +99,9 @@ func validateProposal(ents []*raftpb.Entry) error {
 		case e.GetType() == raftpb.EntryNormal:
 			b := batches.Get().(*kv.Batch)
 			err := kv.DecodeBatch(e.GetData(), b)
+			if err == nil && (b.Node == 0 || !mayTick(b, 0)) {
+				err = errors.New("a proposal that only a leader makes")
+			}
 			batches.Put(b)
 			if err != nil {
 				return err

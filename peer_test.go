@@ -128,7 +128,7 @@ func entry(index, term uint64) *raftpb.Entry {
 }
 
 func testBatch(key, value string) []byte {
-	return kv.AppendBatch(nil, 0, 0, 0, kv.AppendCommand(nil, kv.Command{Op: kv.OpPut, Key: key, Value: []byte(value)}))
+	return kv.AppendBatch(nil, 0, 0, 0, kv.AppendCommand(nil, &kv.Command{Op: kv.OpPut, Key: key, Value: []byte(value)}))
 }
 
 // lead makes the bench node leader by the votes of the others.
@@ -303,8 +303,9 @@ func TestRefusedMessages(t *testing.T) {
 	if len(b.recvC) != 0 {
 		t.Fatalf("%d refused messages reached the loop", len(b.recvC))
 	}
+	ownBatch := kv.AppendBatch(nil, 2, 1, 1, kv.AppendCommand(nil, &kv.Command{Op: kv.OpPut, Key: "k"}))
 	good := map[string]*raftpb.Message{
-		"proposal":   prop(entry(0, 0)),
+		"proposal":   prop(&raftpb.Entry{Type: raftpb.EntryNormal.Enum(), Data: ownBatch}),
 		"change":     prop(typed(raftpb.EntryConfChangeV2, marshal(cc))),
 		"read":       read([]byte("0123456789abcdef")),
 		"append":     app(1, 1, entry(2, 1), entry(3, 5)),

@@ -66,6 +66,7 @@ type raftNode struct {
 	soft        atomic.Pointer[soft] // published: who leads, which term
 	changed     broadcast            // tells that soft changed
 	members     atomic.Pointer[membership]
+	clock       atomic.Pointer[clock]                             // published by the apply loop, see clock.go
 	progress    struct{ committed, last, snapshot atomic.Uint64 } // published for status
 
 	// loop
@@ -83,6 +84,8 @@ type raftNode struct {
 	later         []*raftpb.Message // heartbeats that wait for that
 	readSent      uint64            // highest read context sent in this term
 	queue         []*proposal       // collected, not yet proposed
+	tickSent      time.Time         // of the last kv.Tick
+	seen          [2]uint64         // index applied two ticks ago or less, and one or less
 	held          []*raftpb.Message // forwarded proposals parked while leadership moves
 	dropped       bool              // raft dropped a proposal; wait for a tick, a commit or a leader
 	seq           uint64            // of the last own batch
@@ -339,6 +342,8 @@ func (n *raftNode) tick() {
 	n.expire()
 	n.repropose()
 	n.retryReads(false)
+	n.noteSeen()
+	n.proposeTick()
 	n.tendMembers()
 	n.complain()
 	for id, at := range n.leaving {

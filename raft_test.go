@@ -188,7 +188,7 @@ func TestReproposedBatchAppliesOnce(t *testing.T) {
 	l.mustPut("k", "0")
 	err := l.node.do(c.ctx(), func() {
 		l.node.seq++
-		data := kv.AppendBatch(nil, l.id, l.node.boot, l.node.seq, kv.AppendCommand(nil, kv.Command{Op: kv.OpPut, Key: "k", Value: []byte("1")}))
+		data := kv.AppendBatch(nil, l.id, l.node.boot, l.node.seq, kv.AppendCommand(nil, &kv.Command{Op: kv.OpPut, Key: "k", Value: []byte("1")}))
 		for range 3 {
 			if err := l.node.raw.Propose(data); err != nil {
 				t.Error(err)

@@ -3,12 +3,14 @@ package main
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
 
 	"go.etcd.io/raft/v3"
 
+	"pontoon/internal/watch"
 	"pontoon/kv"
 )
 
@@ -229,17 +231,27 @@ func (s *kvstore) linearize(ctx context.Context) error {
 	}
 }
 
-// get reads one key (see readOptions for how fresh).
-func (s *kvstore) get(ctx context.Context, key string, o readOptions) (kv.Entry, int64, error) {
+// sync returns once the local state is as fresh as o asks for. A revision that
+// no entry has made yet is refused; whether it is still known is for the View.
+func (s *kvstore) sync(ctx context.Context, o readOptions) error {
 	if !o.stale {
 		if err := s.linearize(ctx); err != nil {
-			return kv.Entry{}, 0, err
+			return err
 		}
 	}
 	if o.minRevision > 0 {
-		if err := s.awaitRevision(ctx, o.minRevision); err != nil {
-			return kv.Entry{}, 0, err
-		}
+		return s.awaitRevision(ctx, o.minRevision)
+	}
+	return nil
+}
+
+// get reads one key (see readOptions for how fresh).
+func (s *kvstore) get(ctx context.Context, key string, o readOptions) (kv.Entry, int64, error) {
+	if err := s.sync(ctx, o); err != nil {
+		return kv.Entry{}, 0, err
+	}
+	if o.revision > 0 {
+		return s.getAt(key, o.revision)
 	}
 	s.mu.RLock()
 	e, ok := s.mu.state.Get(key)
@@ -249,6 +261,153 @@ func (s *kvstore) get(ctx context.Context, key string, o readOptions) (kv.Entry,
 		return kv.Entry{}, rev, errKeyNotFound
 	}
 	return e, rev, nil
+}
+
+// getAt reads one key as it was.
+func (s *kvstore) getAt(key string, revision int64) (kv.Entry, int64, error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	rev := s.mu.state.Revision()
+	v, err := s.view(s.mu.state, revision)
+	if err != nil {
+		return kv.Entry{}, rev, err
+	}
+	if e, ok := v.Get(key); ok {
+		return e, rev, nil
+	}
+	return kv.Entry{}, rev, errKeyNotFound
+}
+
+// view names the revisions that a refusal is about.
+func (s *kvstore) view(st *kv.State, revision int64) (*kv.View, error) {
+	v, err := st.View(revision)
+	switch {
+	case errors.Is(err, kv.ErrCompacted):
+		return nil, &compactedError{st.History().Compacted()}
+	case errors.Is(err, kv.ErrFuture):
+		return nil, fmt.Errorf("%w: revision %d, the store is at %d", errFutureRevision, revision, st.Revision())
+	}
+	return v, err
+}
+
+// read calls f with the store as o asks for it. An older revision has to undo
+// what came later, and whole says that f takes long: both work on a clone, so
+// that the apply loop does not wait. The clone costs it a copy of the tree nodes
+// that it writes next, so a page of the present state goes without.
+func (s *kvstore) read(ctx context.Context, o readOptions, whole bool, f func(*kv.View) error) error {
+	if err := s.sync(ctx, o); err != nil {
+		return err
+	}
+	if whole || o.revision > 0 {
+		s.mu.Lock()
+		st := s.mu.state.Clone()
+		s.mu.Unlock()
+		v, err := s.view(st, o.revision)
+		if err != nil {
+			return err
+		}
+		return f(v)
+	}
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	v, err := s.view(s.mu.state, 0)
+	if err != nil {
+		return err
+	}
+	return f(v)
+}
+
+// history returns the changes that are still known.
+func (s *kvstore) history(ctx context.Context, o readOptions) (kv.History, error) {
+	if err := s.sync(ctx, o); err != nil {
+		return kv.History{}, err
+	}
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.mu.state.History(), nil
+}
+
+// lease tells about one lease. What remains is extrapolated from the last tick.
+func (s *kvstore) lease(ctx context.Context, id int64, o readOptions) (leaseInfo, error) {
+	if err := s.sync(ctx, o); err != nil {
+		return leaseInfo{}, err
+	}
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	l, ok := s.mu.state.Lease(id)
+	if !ok {
+		return leaseInfo{}, errLeaseNotFound
+	}
+	v, err := s.view(s.mu.state, 0)
+	if err != nil {
+		return leaseInfo{}, err
+	}
+	info := leaseInfo{Lease: l, remaining: l.TTL, keys: v.LeaseKeys(id, maxLeaseKeys)}
+	if c := s.node.clock.Load(); l.Deadline != 0 && c != nil {
+		info.remaining = max(0, time.Duration(l.Deadline-c.now())*time.Millisecond)
+	}
+	return info, nil
+}
+
+// subscribe begins a watch at the local state as it is. Taking state and
+// watcher under one lock leaves no gap: whatever is applied later is
+// published later.
+func (s *kvstore) subscribe(f watch.Filter, initial bool) (*watch.Watcher, kv.History, *kv.View, error) {
+	if initial {
+		s.mu.Lock() // for Clone, which counts as a write
+		defer s.mu.Unlock()
+	} else {
+		s.mu.RLock()
+		defer s.mu.RUnlock()
+	}
+	h := s.mu.state.History()
+	w, err := s.hub.Add(f, h.Revision())
+	if err != nil || !initial {
+		return w, h, nil, err
+	}
+	v, err := s.view(s.mu.state.Clone(), 0)
+	return w, h, v, err
+}
+
+// dispatch hands every change to the watchers, in order, from the history that
+// the state keeps: it needs no queue of its own, and the apply loop never waits
+// for it. If it should fall so far behind that changes are gone, the watchers
+// are told.
+func (s *kvstore) dispatch(ctx context.Context) {
+	defer s.hub.Close()
+	next := s.revision.At() + 1
+	var events []kv.Event
+	for {
+		select {
+		case <-s.published:
+		case <-ctx.Done():
+			return
+		}
+		s.mu.RLock()
+		h := s.mu.state.History()
+		s.mu.RUnlock()
+		if uint64(h.Compacted()) >= next && s.hub.Len() > 0 {
+			s.hub.Lost()
+			next = uint64(h.Revision()) + 1
+			continue
+		}
+		// Whoever subscribes from here on has a later revision than h.
+		if s.hub.Len() > 0 {
+			h.Events(int64(next), func(e kv.Event) bool {
+				if len(events) > 0 && events[0].Revision != e.Revision {
+					s.hub.Publish(events[0].Revision, events)
+					events = nil
+				}
+				events = append(events, e)
+				return true
+			})
+			if len(events) > 0 {
+				s.hub.Publish(events[0].Revision, events)
+				events = nil
+			}
+		}
+		next = uint64(h.Revision()) + 1
+	}
 }
 
 // awaitRevision returns once this member has applied revision.

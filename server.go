@@ -94,7 +94,8 @@ func newServer(ctx context.Context, cfg Config, log *zap.Logger) (_ *server, err
 		return nil, err
 	}
 	l := limits{MaxKeyBytes: cfg.MaxKeyBytes, MaxValueBytes: cfg.MaxValueBytes, MaxInFlight: cfg.MaxInFlight,
-		DefaultTimeout: cfg.DefaultTimeout, MaxTimeout: cfg.MaxTimeout, MaxConns: cfg.MaxConns}
+		DefaultTimeout: cfg.DefaultTimeout, MaxTimeout: cfg.MaxTimeout, MaxConns: cfg.MaxConns,
+		MaxExports: maxExports, MaxTxnBytes: maxTxnBytes}
 	api := newHTTPAPI(s.store, l, newHTTPMetrics(reg), prometheus.Gatherers{prometheus.DefaultGatherer, reg}, log)
 	s.client = newHTTPServer(api, log)
 	s.peer = &http.Server{Handler: s.node.peerHandler(s.tr.Handler()), ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute,
@@ -264,6 +265,8 @@ func (s *server) run(ctx context.Context) error {
 	go func() { loop <- s.node.serveChannels() }()
 	// goroutine: read-commits
 	go func() { s.store.readCommits(s.node.commitC); close(applied) }()
+	// goroutine: watch-dispatcher
+	go s.store.dispatch(watch)
 	// goroutine: disk-watcher
 	go s.watchDisk(watch)
 	// goroutine: peer-server
@@ -341,6 +344,7 @@ func (s *server) confirmRemoval(ctx context.Context) error {
 // answered; then the ports close.
 func (s *server) drain() {
 	s.store.stopping.Store(true)
+	s.store.hub.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), 500*time.Millisecond)
 	s.store.handOver(ctx)
 	cancel()

@@ -38,7 +38,7 @@ func (s *kvstore) members() []api.Member {
 func (s *kvstore) status() api.Status {
 	members, soft := s.node.members.Load(), s.node.soft.Load()
 	s.mu.RLock()
-	st := api.Status{Revision: s.mu.state.Revision(), Keys: int64(s.mu.state.Len()), Sizes: api.Sizes{StateBytes: s.mu.state.Bytes()}}
+	st := api.Status{Revision: s.mu.state.Revision(), CompactRevision: s.mu.state.History().Compacted(), Keys: int64(s.mu.state.Len()), Sizes: api.Sizes{StateBytes: s.mu.state.Bytes()}}
 	s.mu.RUnlock()
 	st.ID, st.ClusterID = s.node.id, fmt.Sprintf("%016x", members.ClusterID)
 	st.Role = role(soft.state)

@@ -61,21 +61,22 @@ type LeaderTransfer struct {
 // Status is the answer to GET /v1/status: what one member knows about itself.
 // Indexes count log entries, Revision counts changes to the store.
 type Status struct {
-	ID             uint64  `json:"id"`
-	ClusterID      string  `json:"cluster_id"` // hexadecimal
-	Role           string  `json:"role"`       // RoleLeader, RoleFollower, RoleCandidate or RoleLearner
-	Leader         uint64  `json:"leader"`     // 0: none known
-	Term           uint64  `json:"term"`
-	CommittedIndex uint64  `json:"committed_index"`
-	AppliedIndex   uint64  `json:"applied_index"`
-	LastIndex      uint64  `json:"last_index"`
-	SnapshotIndex  uint64  `json:"snapshot_index"`
-	Revision       int64   `json:"revision"`
-	Keys           int64   `json:"keys"`
-	Sizes          Sizes   `json:"sizes"`
-	Version        string  `json:"version"`
-	UptimeSeconds  float64 `json:"uptime_seconds"`
-	Peers          []Peer  `json:"peers"` // only a leader knows match indexes
+	ID              uint64  `json:"id"`
+	ClusterID       string  `json:"cluster_id"` // hexadecimal
+	Role            string  `json:"role"`       // RoleLeader, RoleFollower, RoleCandidate or RoleLearner
+	Leader          uint64  `json:"leader"`     // 0: none known
+	Term            uint64  `json:"term"`
+	CommittedIndex  uint64  `json:"committed_index"`
+	AppliedIndex    uint64  `json:"applied_index"`
+	LastIndex       uint64  `json:"last_index"`
+	SnapshotIndex   uint64  `json:"snapshot_index"`
+	Revision        int64   `json:"revision"`
+	Keys            int64   `json:"keys"`
+	Sizes           Sizes   `json:"sizes"`
+	Version         string  `json:"version"`
+	UptimeSeconds   float64 `json:"uptime_seconds"`
+	CompactRevision int64   `json:"compact_revision"` // changes up to it are no longer known
+	Peers           []Peer  `json:"peers"`            // only a leader knows match indexes
 }
 
 // Sizes are bytes.

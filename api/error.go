@@ -17,6 +17,10 @@ type Error struct {
 	Hint            string  `json:"hint,omitempty"`             // what to do next
 	CurrentRevision int64   `json:"current_revision,omitempty"` // of the key, with CodePreconditionFailed
 	Leader          uint64  `json:"leader,omitempty"`           // the leader known to the answering member
+
+	CompactRevision int64     `json:"compact_revision,omitempty"` // changes up to it are no longer known, with CodeRevisionCompacted
+	Line            int       `json:"line,omitempty"`             // of an import, from 1: the one that stopped it
+	Applied         *Imported `json:"applied,omitempty"`          // of an import: what the lines before it did
 }
 
 // Error tells the title and the detail.
@@ -59,6 +63,7 @@ const (
 	CodeTooLarge             Code = "too_large"
 	CodeKeyTooLong           Code = "key_too_long"
 	CodeIdempotencyMismatch  Code = "idempotency_mismatch"
+	CodeIdempotencyExpired   Code = "idempotency_expired"
 	CodeOverloaded           Code = "overloaded"
 	CodeInternal             Code = "internal"
 	CodeUnsupported          Code = "unsupported"
@@ -87,6 +92,7 @@ var codeStatus = map[Code]int{
 	CodeTooLarge:             http.StatusRequestEntityTooLarge,
 	CodeKeyTooLong:           http.StatusRequestURITooLong,
 	CodeIdempotencyMismatch:  http.StatusUnprocessableEntity,
+	CodeIdempotencyExpired:   http.StatusConflict,
 	CodeOverloaded:           http.StatusTooManyRequests,
 	CodeInternal:             http.StatusInternalServerError,
 	CodeUnsupported:          http.StatusNotImplemented,

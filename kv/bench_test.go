@@ -8,6 +8,7 @@ import (
 	"runtime"
 	"strconv"
 	"testing"
+	"time"
 )
 
 // The benchmarks use keys of 12 and values of 128 bytes.
@@ -102,7 +103,7 @@ func BenchmarkGet(b *testing.B) {
 }
 
 func BenchmarkEncodeCommand(b *testing.B) {
-	c := Command{Op: OpPut, Key: benchKey(1), Value: make([]byte, 128)}
+	c := &Command{Op: OpPut, Key: benchKey(1), Value: make([]byte, 128)}
 	buf := make([]byte, 0, CommandSize(c))
 	b.ReportAllocs()
 	for b.Loop() {
@@ -113,7 +114,7 @@ func BenchmarkEncodeCommand(b *testing.B) {
 func benchCommands(n int) [][]byte {
 	commands := make([][]byte, n)
 	for i := range commands {
-		commands[i] = AppendCommand(nil, Command{Op: OpPut, Key: benchKey(i), Value: make([]byte, 128)})
+		commands[i] = AppendCommand(nil, &Command{Op: OpPut, Key: benchKey(i), Value: make([]byte, 128)})
 	}
 	return commands
 }
@@ -203,6 +204,19 @@ func BenchmarkMemory(b *testing.B) {
 		}
 	}
 	b.Run("grown", func(b *testing.B) { measure(b, func() *State { return benchState(n) }) })
+	b.Run("leases", func(b *testing.B) {
+		measure(b, func() *State {
+			s := benchState(n)
+			batch := Batch{Commands: []Command{{Op: OpPut, TTL: time.Hour}, {Op: OpTick}}}
+			var results []Result
+			for i := range n {
+				batch.Commands[0].Key = benchKey(i)
+				batch.Commands[1].Tick = Tick{Clock: int64(i), Seen: s.Applied()}
+				results = s.Apply(s.Applied()+1, &batch, results[:0])
+			}
+			return s
+		})
+	})
 	var file bytes.Buffer
 	if err := WriteSnapshot(&file, nil, benchState(n)); err != nil {
 		b.Fatal(err)
@@ -221,7 +235,7 @@ func BenchmarkMemory(b *testing.B) {
 func BenchmarkRecordHash(b *testing.B) {
 	for _, size := range []int{0, 128, 4096, 1 << 20} {
 		b.Run(strconv.Itoa(size), func(b *testing.B) {
-			h := newHead(1000, 1_000_000, 17, 12, size)
+			h := newHead(1000, 1_000_000, 17, 0, 12, size)
 			rec := newRecord(h, benchKey(1), make([]byte, size))
 			var sum uint64
 			for b.Loop() {
@@ -229,5 +243,148 @@ func BenchmarkRecordHash(b *testing.B) {
 			}
 			_ = sum
 		})
+	}
+}
+
+// BenchmarkApplyLease puts keys that each get a lease of their own, over and
+// over; and ticks that start them.
+func BenchmarkApplyLease(b *testing.B) {
+	for _, n := range benchSizes {
+		b.Run(strconv.Itoa(n), func(b *testing.B) {
+			s, keys := benchState(n), benchKeys(n)
+			batch := Batch{Commands: []Command{{Op: OpPut, Value: bytes.Repeat([]byte{'w'}, 128), TTL: time.Hour}}}
+			ticks := Batch{Commands: make([]Command, 1)}
+			var results []Result
+			b.ReportAllocs()
+			i := 0
+			for b.Loop() {
+				batch.Commands[0].Key = keys[i%n]
+				i++
+				results = s.Apply(s.Applied()+1, &batch, results[:0])
+				if i%100 == 0 {
+					ticks.Commands[0] = Command{Op: OpTick, Tick: Tick{Clock: int64(i), Seen: s.Applied()}}
+					results = s.Apply(s.Applied()+1, &ticks, results[:0])
+				}
+			}
+		})
+	}
+}
+
+// BenchmarkApplyTxn compares one key, puts two and reads one.
+func BenchmarkApplyTxn(b *testing.B) {
+	s, keys := benchState(1000), benchKeys(1000)
+	value := bytes.Repeat([]byte{'w'}, 128)
+	txn := &Txn{If: make([]Compare, 1), Then: make([]TxnOp, 3)}
+	batch := Batch{Commands: []Command{{Op: OpTxn, Txn: txn}}}
+	var results []Result
+	b.ReportAllocs()
+	i := 0
+	for b.Loop() {
+		i++
+		txn.If[0] = Compare{Key: keys[i%1000], Target: TargetVersion, Op: Greater}
+		txn.Then[0] = TxnOp{Op: OpPut, Key: keys[i%1000], Value: value}
+		txn.Then[1] = TxnOp{Op: OpPut, Key: keys[(i+1)%1000], Value: value}
+		txn.Then[2] = TxnOp{Op: OpGet, Span: SingleKey(keys[(i+2)%1000])}
+		results = s.Apply(uint64(i), &batch, results[:0])
+	}
+}
+
+func BenchmarkApplyOnce(b *testing.B) {
+	s, keys := benchState(1000), benchKeys(1000)
+	batch := Batch{Commands: []Command{{Op: OpPut, Value: bytes.Repeat([]byte{'w'}, 128), Once: &Once{}}}}
+	var results []Result
+	b.ReportAllocs()
+	for i := 0; b.Loop(); i++ {
+		if i%100_000 == 0 {
+			s.once = newOnce()
+		}
+		batch.Commands[0].Key, batch.Commands[0].Once.Key = keys[i%1000], strconv.Itoa(i)
+		results = s.Apply(uint64(i+1), &batch, results[:0])
+	}
+}
+
+// benchPast returns a state of a million keys and a view from which 50,000
+// events have to be undone.
+func benchPast(b *testing.B) (*State, func() *View) {
+	s := benchState(1_000_000)
+	return s, func() *View {
+		v, err := s.View(s.Revision() - 50_000)
+		if err != nil {
+			b.Fatal(err)
+		}
+		return v
+	}
+}
+
+// BenchmarkView is about one million keys: at the present revision, and at one
+// that lies 50,000 events back.
+func BenchmarkView(b *testing.B) {
+	s, past := benchPast(b)
+	present, _ := s.View(0)
+	undone := past()
+	undone.prepare()
+	span := Prefix("key-005")
+	for _, v := range []struct {
+		name string
+		view *View
+	}{{"present", present}, {"past", undone}} {
+		b.Run(v.name+"/count", func(b *testing.B) {
+			for b.Loop() {
+				v.view.Count(span)
+			}
+		})
+		b.Run(v.name+"/list100", func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				v.view.List(Query{Span: span, Limit: 100})
+			}
+		})
+		b.Run(v.name+"/list100reverse", func(b *testing.B) {
+			for b.Loop() {
+				v.view.List(Query{Span: span, Limit: 100, Reverse: true})
+			}
+		})
+		b.Run(v.name+"/list100rolled", func(b *testing.B) {
+			for b.Loop() {
+				v.view.List(Query{Delimiter: "7", Limit: 100})
+			}
+		})
+	}
+	b.Run("past/prepare", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			past().prepare()
+		}
+	})
+	b.Run("past/get", func(b *testing.B) {
+		b.ReportAllocs()
+		for i := 0; b.Loop(); i++ {
+			past().Get(benchKey(i % 1_000_000))
+		}
+	})
+}
+
+// BenchmarkHistory reads the newest hundred events, as a watcher would.
+func BenchmarkHistory(b *testing.B) {
+	s := benchState(200_000)
+	b.Run("newest100", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			h := s.History()
+			h.Events(h.Revision()-99, func(Event) bool { return true })
+		}
+	})
+	b.Run("back", func(b *testing.B) {
+		for b.Loop() {
+			s.History().Back("absent", func(Event) bool { return true })
+		}
+	})
+}
+
+func BenchmarkClone(b *testing.B) {
+	s := benchState(1_000_000)
+	b.ReportAllocs()
+	for b.Loop() {
+		s.Clone()
 	}
 }

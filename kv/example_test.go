@@ -10,8 +10,8 @@ import (
 // A log entry on its way: encoded, decoded once it is committed, applied, and
 // applied again because it was proposed twice.
 func ExampleState_Apply() {
-	put := kv.AppendCommand(nil, kv.Command{Op: kv.OpPut, Key: "sky", Value: []byte("blue")})
-	del := kv.AppendCommand(nil, kv.Command{Op: kv.OpDelete, Key: "moon"})
+	put := kv.AppendCommand(nil, &kv.Command{Op: kv.OpPut, Key: "sky", Value: []byte("blue")})
+	del := kv.AppendCommand(nil, &kv.Command{Op: kv.OpDelete, Key: "moon"})
 	entry := kv.AppendBatch(nil, 1, 1, 1, put, del)
 
 	state := kv.NewState()

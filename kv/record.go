@@ -14,10 +14,11 @@ import (
 // A record is one entry as a single run of bytes, the same in memory and in the
 // item section of a snapshot:
 //
-//	uvarint  fields         optional fields that follow Version; none yet
+//	uvarint  fields         a bit for each optional field that is there
 //	uvarint  CreateRevision
 //	uvarint  ModRevision
 //	uvarint  Version
+//	uvarint  Lease          bit 0: where it is not 0
 //	uvarint  length of the key
 //	uvarint  length of the value
 //	key, value
@@ -26,8 +27,11 @@ import (
 // so the garbage collector marks it and never looks inside, and small numbers
 // take one byte each. An entry has exactly one encoding: the hash relies on it.
 
-// maxHeadSize bounds what precedes the key: six uvarints.
-const maxHeadSize = 6 * binary.MaxVarintLen64
+// maxHeadSize bounds what precedes the key: seven uvarints.
+const maxHeadSize = 7 * binary.MaxVarintLen64
+
+// recordLease is the bit of the lease among the optional fields.
+const recordLease = 1
 
 // maxValueSize is where a length stops being believable. Readers never reserve
 // memory for a length they were merely told.
@@ -38,17 +42,22 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 // head is the decoded front of a record.
 type head struct {
 	create, mod, version int64
+	lease                int64 // 0: none
 	keyLen, valueLen     int
 	size                 int // bytes in front of the key
 }
 
 // newHead returns the head of a record that is yet to be built.
-func newHead(create, mod, version int64, keyLen, valueLen int) head {
-	return head{
-		create: create, mod: mod, version: version, keyLen: keyLen, valueLen: valueLen,
+func newHead(create, mod, version, lease int64, keyLen, valueLen int) head {
+	h := head{
+		create: create, mod: mod, version: version, lease: lease, keyLen: keyLen, valueLen: valueLen,
 		size: 1 + uvarintSize(uint64(create)) + uvarintSize(uint64(mod)) +
 			uvarintSize(uint64(version)) + uvarintSize(uint64(keyLen)) + uvarintSize(uint64(valueLen)),
 	}
+	if lease != 0 {
+		h.size += uvarintSize(uint64(lease))
+	}
+	return h
 }
 
 // payload is what the record adds to State.Bytes.
@@ -76,9 +85,15 @@ func (h head) valid() error {
 func newRecord(h head, key string, value []byte) string {
 	var front [maxHeadSize]byte
 	f := append(front[:0], 0)
+	if h.lease != 0 {
+		f[0] = recordLease
+	}
 	f = binary.AppendUvarint(f, uint64(h.create))
 	f = binary.AppendUvarint(f, uint64(h.mod))
 	f = binary.AppendUvarint(f, uint64(h.version))
+	if h.lease != 0 {
+		f = binary.AppendUvarint(f, uint64(h.lease))
+	}
 	f = binary.AppendUvarint(f, uint64(h.keyLen))
 	f = binary.AppendUvarint(f, uint64(h.valueLen))
 	// A Builder that has grown once hands out its buffer without a copy, and
@@ -107,36 +122,42 @@ func entryOf(rec string, h head) Entry {
 	return Entry{
 		// The capacity ends with the record: a careless append reallocates.
 		Key: keyOf(rec, h), Value: bytesOf(rec)[h.prefix():],
-		CreateRevision: h.create, ModRevision: h.mod, Version: h.version,
+		CreateRevision: h.create, ModRevision: h.mod, Version: h.version, Lease: h.lease,
 	}
 }
 
 // parseHead decodes the head at the front of b, which may end anywhere behind
 // it. It does not judge the numbers; head.valid does.
 func parseHead(b []byte) (head, error) {
-	var v [6]uint64
+	var v [7]uint64 // in the order of the format
 	rest := b
 	for i := range v {
+		if i == 4 && v[0]&recordLease == 0 {
+			continue
+		}
 		x, n := uvarint(rest)
 		if n <= 0 {
 			return head{}, fmt.Errorf("item: no valid number in field %d: %w", i, ErrCorrupt)
 		}
 		v[i], rest = x, rest[n:]
 	}
-	if v[0] != 0 {
+	if v[0]&^recordLease != 0 {
 		return head{}, fmt.Errorf("item: unknown fields %#x: %w", v[0], ErrUnknownVersion)
 	}
-	for _, x := range v[1:4] {
+	for _, x := range v[1:5] {
 		if x > math.MaxInt64 {
-			return head{}, fmt.Errorf("item: revision or version %d: %w", x, ErrCorrupt)
+			return head{}, fmt.Errorf("item: revision, version or lease %d: %w", x, ErrCorrupt)
 		}
 	}
-	if v[4] > MaxKeySize || v[5] > maxValueSize || v[5] > math.MaxInt-2*MaxKeySize {
-		return head{}, fmt.Errorf("item: lengths %d and %d: %w", v[4], v[5], ErrCorrupt)
+	if v[0] != 0 && v[4] == 0 {
+		return head{}, fmt.Errorf("item: lease 0: %w", ErrCorrupt)
+	}
+	if v[5] > MaxKeySize || v[6] > maxValueSize || v[6] > math.MaxInt-2*MaxKeySize {
+		return head{}, fmt.Errorf("item: lengths %d and %d: %w", v[5], v[6], ErrCorrupt)
 	}
 	return head{
-		create: int64(v[1]), mod: int64(v[2]), version: int64(v[3]),
-		keyLen: int(v[4]), valueLen: int(v[5]), size: len(b) - len(rest),
+		create: int64(v[1]), mod: int64(v[2]), version: int64(v[3]), lease: int64(v[4]),
+		keyLen: int(v[5]), valueLen: int(v[6]), size: len(b) - len(rest),
 	}, nil
 }
 
@@ -172,6 +193,27 @@ func stateHash(items, windows uint64, revision int64) uint64 {
 	return mix(mix(mix(items)+windows) + uint64(revision))
 }
 
+// extras are the parts of the state beyond items, replay table and revision.
+type extras struct {
+	clock, lastLease             int64
+	leases, history, kept, tombs uint64 // sums of hashes
+}
+
+// join folds the extras into a stateHash. A state that has none of them has
+// the hash that it had before there were any: old snapshots are compared by it.
+func (x extras) join(hash uint64) uint64 {
+	sum := uint64(0)
+	for i, part := range [...]uint64{uint64(x.clock), uint64(x.lastLease), x.leases, x.history, x.kept, x.tombs} {
+		if part != 0 {
+			sum += mix(part + mix(uint64(i+1)))
+		}
+	}
+	if sum == 0 {
+		return hash
+	}
+	return mix(hash + sum)
+}
+
 // tally is what a walk over records and windows adds up, in order, in constant
 // memory. Check and the snapshot readers hold a state to the same rules by it.
 type tally struct {
@@ -183,6 +225,20 @@ type tally struct {
 	windows    uint64
 	windowSum  uint64
 	lastWindow uint64 // node id
+
+	leases, leaseSum uint64
+	lastLease        int64
+	// attachSum is the sum of attachHash over the keys that items say are
+	// attached, less that over those that leases say: 0 where they agree.
+	attachSum uint64
+
+	events, eventBytes, eventSum uint64
+	firstEvent, lastEvent        int64 // revisions; 0: none
+	lastEventKey                 []byte
+
+	kept, keptBytes, keptSum uint64
+	lastKept                 []byte
+	tombs, tombSum           uint64
 }
 
 // add counts one entry and checks it against its predecessor.

@@ -30,14 +30,23 @@ import (
 // The payloads of one section are one stream of bytes: what does not fit into a
 // block goes on in the next. Sections come in ascending order of their type:
 //
-//	1    header    uvarint length, then the caller's bytes
-//	2    replay    windows, ascending by node (window.append)
-//	3    items     records, ascending by key (record.go)
-//	255  trailer   six uint64: entries, bytes, windows, revision, applied, hash
+//	1    header      uvarint length, then the caller's bytes
+//	2    replay      windows, ascending by node (window.append)
+//	3    items       records, ascending by key (record.go)
+//	4    time        the clock and the last lease id, where one is not 0
+//	5    leases      ascending by id
+//	6    history     events, ascending by revision and key
+//	7    kept        results kept for idempotency keys, ascending by key
+//	8    tombstones  uint64 each, oldest first
+//	255  trailer     six uint64: entries, bytes, windows, revision, applied, hash
 //
-// Header and trailer are always there, the others where they are not empty. The
-// types between are room for what comes later; a reader that meets one it does
-// not know refuses the file, as leaving a section out would make replicas differ.
+// sections.go has the encodings of 4 to 7. Header and trailer are always there,
+// the others where they are not empty. The types between are room for what comes
+// later; a reader that meets one it does not know refuses the file, as leaving a
+// section out would make replicas differ.
+//
+// The newest revision whose events are gone is not in the file: it is the one
+// before that of the first event, or where there is none, the store's.
 const (
 	snapshotMagic   = "PONTSNAP"
 	snapshotVersion = 1
@@ -45,10 +54,15 @@ const (
 	blockSize     = 64 << 10
 	blockHeadSize = 9
 
-	sectionHeader  = 1
-	sectionReplay  = 2
-	sectionItems   = 3
-	sectionTrailer = 255
+	sectionHeader     = 1
+	sectionReplay     = 2
+	sectionItems      = 3
+	sectionTime       = 4
+	sectionLeases     = 5
+	sectionHistory    = 6
+	sectionKept       = 7
+	sectionTombstones = 8
+	sectionTrailer    = 255
 
 	trailerSize = 48
 )
@@ -118,6 +132,7 @@ func WriteSnapshot(w io.Writer, header []byte, s *State) error {
 		bw.write(bytesOf(rec))
 		return bw.err == nil
 	})
+	bw.extras(s, buf)
 	bw.section(sectionTrailer)
 	bw.write(trailer{
 		entries: uint64(s.Len()), bytes: uint64(s.bytes), windows: uint64(len(s.windows)),
@@ -193,7 +208,11 @@ func ReadSnapshot(r io.Reader) (header []byte, s *State, err error) {
 	return header, s, nil
 }
 
-// VerifySnapshot checks all that ReadSnapshot would, in constant memory.
+// VerifySnapshot checks all that ReadSnapshot would, in memory that depends only
+// on the largest kept result, but for two things that cannot be seen without
+// keeping what was read: whether the records of a key follow from each other in
+// the history, and whether a tombstone comes twice. No damage is among them, as
+// it breaks a checksum; only a writer with a broken state could do that.
 func VerifySnapshot(r io.Reader) (header []byte, err error) {
 	header, err = scanSnapshot(r, nil)
 	if err != nil {
@@ -232,25 +251,49 @@ func scanSnapshot(r io.Reader, s *State) ([]byte, error) {
 	if err := br.items(&t, s); err != nil {
 		return nil, fmt.Errorf("entry %d: %w", t.count, err)
 	}
+	x, err := br.extras(&t, s)
+	if err != nil {
+		return nil, err
+	}
 	want, err := br.trailer()
 	if err != nil {
 		return nil, err
 	}
+	if err := t.compare(want, &x); err != nil {
+		return nil, fmt.Errorf("%w: %w", err, ErrCorrupt)
+	}
+	if s == nil {
+		return header, nil
+	}
+	s.revision, s.applied = want.revision, want.applied
+	s.bytes, s.sum = int64(t.bytes), t.sum
+	s.items = packed(s.items)
+	if err := s.loadHistory(x.events); err != nil {
+		return nil, fmt.Errorf("history: %w: %w", err, ErrCorrupt)
+	}
+	return header, nil
+}
+
+// compare holds what was read against the trailer.
+func (t *tally) compare(want trailer, x *readExtras) error {
 	got := trailer{
 		entries: t.count, bytes: t.bytes, windows: t.windows,
 		revision: want.revision, applied: want.applied,
-		hash: stateHash(t.sum, t.windowSum, want.revision),
+		hash: x.join(stateHash(t.sum, t.windowSum, want.revision)),
 	}
-	if got != want || want.revision < t.maxMod {
-		return nil, fmt.Errorf("the trailer %+v does not fit the content %+v with revisions up to %d: %w",
-			want, got, t.maxMod, ErrCorrupt)
+	switch {
+	case got != want || want.revision < t.maxMod:
+		return fmt.Errorf("the trailer %+v does not fit the content %+v with revisions up to %d", want, got, t.maxMod)
+	case t.events > 0 && t.lastEvent != want.revision:
+		return fmt.Errorf("history ends with revision %d, the store with %d", t.lastEvent, want.revision)
+	case x.index > want.applied:
+		return fmt.Errorf("something of log index %d, applied up to %d", x.index, want.applied)
+	case t.lastLease > x.lastLease:
+		return fmt.Errorf("lease %d, where %d was given out last", t.lastLease, x.lastLease)
+	case t.attachSum != 0:
+		return errors.New("leases and items do not agree about which keys are attached")
 	}
-	if s != nil {
-		s.revision, s.applied = want.revision, want.applied
-		s.bytes, s.sum = int64(t.bytes), t.sum
-		s.items = packed(s.items)
-	}
-	return header, nil
+	return nil
 }
 
 // packed returns the tree with no spare room in its nodes. Keys that arrive in
@@ -289,59 +332,84 @@ func (br *blockReader) windows(t *tally, s *State) error {
 // items reads the item section.
 func (br *blockReader) items(t *tally, s *State) error {
 	for {
-		b, err := br.peek(sectionItems, maxHeadSize)
+		b, err := br.peek(sectionItems, 1)
 		if err != nil || len(b) == 0 {
 			return err
 		}
-		h, err := parseHead(b)
+		r, err := br.record(sectionItems, s != nil)
 		if err != nil {
 			return err
 		}
-		b, err = br.peek(sectionItems, h.prefix())
-		if err != nil {
-			return err
-		}
-		if len(b) < h.prefix() {
-			return fmt.Errorf("cut short in its key: %w", ErrCorrupt)
-		}
-		if err := t.add(b[h.size:h.prefix()], h); err != nil {
+		if err := t.add(r.key, r.head); err != nil {
 			return fmt.Errorf("%w: %w", err, ErrCorrupt)
 		}
-		rec, hash, err := br.record(h, s != nil)
-		if err != nil {
-			return err
+		t.sum += r.hash
+		if r.lease != 0 {
+			t.attachSum += attachHash(r.lease)
 		}
-		t.sum += hash
 		if s != nil {
-			s.items.Load(keyOf(rec, h), rec)
+			key := keyOf(r.rec, r.head)
+			s.items.Load(key, r.rec)
+			if r.lease != 0 {
+				s.leases.loadAttachment(r.lease, key)
+			}
 		}
 	}
 }
 
-// record consumes the record whose front is buffered, and returns its hash and,
-// if keep is set, the record itself.
-func (br *blockReader) record(h head, keep bool) (rec string, hash uint64, err error) {
-	if b := br.unread(); h.recordSize() <= uint64(len(b)) {
-		b = b[:h.recordSize()]
-		if keep {
-			rec = string(b)
-		}
-		br.discard(len(b))
-		return rec, recordHash(stringOf(b), h), nil
+// readRecord is a record out of a section.
+type readRecord struct {
+	head
+	key  []byte // valid until the next record is read
+	hash uint64
+	rec  string // if it was to be kept
+}
+
+// record reads a record; keep says whether as a whole. It does not judge the
+// numbers; head.valid does.
+func (br *blockReader) record(section byte, keep bool) (r readRecord, err error) {
+	b, err := br.peek(section, maxHeadSize)
+	if err != nil {
+		return r, err
 	}
-	// The value goes on in later blocks. Its length is not believed: scratch
-	// grows with what has arrived.
-	front := br.unread()[:h.prefix()]
+	if r.head, err = parseHead(b); err != nil {
+		return r, err
+	}
+	if b, err = br.peek(section, r.prefix()); err != nil {
+		return r, err
+	}
+	if len(b) < r.prefix() {
+		return r, fmt.Errorf("cut short in its key: %w", ErrCorrupt)
+	}
+	// A copy, as reading on moves the buffer.
+	br.key = append(br.key[:0], b[r.size:r.prefix()]...)
+	r.key = br.key
+	if r.recordSize() > uint64(len(b)) {
+		return r, br.longRecord(section, keep, &r)
+	}
+	b = b[:r.recordSize()]
+	if keep {
+		r.rec = string(b)
+	}
+	br.discard(len(b))
+	r.hash = recordHash(stringOf(b), r.head)
+	return r, nil
+}
+
+// longRecord goes on where the value does in later blocks. Its length is not
+// believed: scratch grows with what has arrived.
+func (br *blockReader) longRecord(section byte, keep bool, r *readRecord) error {
+	front := br.unread()[:r.prefix()]
 	frontSum, valueSum := crc32.Checksum(front, castagnoli), uint32(0)
 	br.scratch = append(br.scratch[:0], front...)
 	br.discard(len(front))
-	for left := h.valueLen; left > 0; {
-		b, err := br.peek(sectionItems, 1)
+	for left := r.valueLen; left > 0; {
+		b, err := br.peek(section, 1)
 		if err != nil {
-			return "", 0, err
+			return err
 		}
 		if len(b) == 0 {
-			return "", 0, fmt.Errorf("cut short in its value: %w", ErrCorrupt)
+			return fmt.Errorf("cut short in its value: %w", ErrCorrupt)
 		}
 		b = b[:min(left, len(b))]
 		valueSum = crc32.Update(valueSum, castagnoli, b)
@@ -352,9 +420,10 @@ func (br *blockReader) record(h head, keep bool) (rec string, hash uint64, err e
 		br.discard(len(b))
 	}
 	if keep {
-		rec = string(br.scratch)
+		r.rec = string(br.scratch)
 	}
-	return rec, joinHash(frontSum, valueSum), nil
+	r.hash = joinHash(frontSum, valueSum)
+	return nil
 }
 
 // trailer reads the last section and makes sure that nothing follows it.
@@ -420,7 +489,8 @@ type blockReader struct {
 	payload []byte // its backing array is reused
 	eof     bool   // there is no block after the trailer
 
-	scratch []byte // a record that spans blocks
+	scratch []byte // what spans blocks
+	key     []byte // of what was read last
 }
 
 func newBlockReader(r io.Reader) (*blockReader, error) {
@@ -526,8 +596,7 @@ func (br *blockReader) end() error {
 // unexpected says what a block that no section wants means: an intact one of an
 // unknown type was written by a newer version.
 func (br *blockReader) unexpected() error {
-	switch br.typ {
-	case sectionHeader, sectionReplay, sectionItems, sectionTrailer:
+	if br.typ >= sectionHeader && br.typ <= sectionTombstones || br.typ == sectionTrailer {
 		return ErrCorrupt
 	}
 	return ErrUnknownVersion

@@ -7,26 +7,6 @@ import (
 	"github.com/tidwall/btree"
 )
 
-// Op says what a Command does.
-type Op uint8
-
-// The numbers are part of the log format: never reuse one.
-const (
-	OpPut    Op = 1 // store Value under Key, creating or replacing it
-	OpDelete Op = 2 // remove Key; Value is ignored
-)
-
-// MaxKeySize bounds a key, in bytes. It is a limit of the formats (it is what
-// lets VerifySnapshot run in constant memory), far above what the API accepts.
-const MaxKeySize = 64<<10 - 1
-
-// Command is one request to change the state.
-type Command struct {
-	Op    Op
-	Key   string // 1 to MaxKeySize bytes, any bytes
-	Value []byte // OpPut only
-}
-
 // Batch is what one raft log entry carries: commands that are applied one after
 // the other, and the identity under which replay protection knows them.
 type Batch struct {
@@ -35,20 +15,6 @@ type Batch struct {
 	Seq  uint64 // counts the member's batches from 1 within one Boot
 	// Commands may be empty: the batch then only takes up its Seq.
 	Commands []Command
-}
-
-// Result is the outcome of one Command.
-type Result struct {
-	// Revision is the store's revision once the command was applied.
-	Revision int64
-	// Entry is, for OpPut, the entry as stored; for OpDelete the entry that
-	// was removed, zero if there was none. It aliases the state.
-	Entry Entry
-	// Existed says that the key was there before.
-	Existed bool
-	// Duplicate says that the batch had been applied before: nothing happened
-	// this time, and the other fields but Revision are zero.
-	Duplicate bool
 }
 
 // Entry is one key as the state holds it. Value must never be modified: it is
@@ -60,6 +26,9 @@ type Entry struct {
 	ModRevision    int64 // store revision that last put the key
 	Version        int64 // puts since creation, from 1
 	Lease          int64 // 0: none
+	// Expires is when its lease ends, Unix milliseconds: a label, which the
+	// next keep-alive changes. 0: it has no lease, or the entry is out of an Event.
+	Expires int64
 }
 
 // State is the replicated state at one position of the log. Use NewState or
@@ -80,6 +49,11 @@ type State struct {
 	bytes    int64  // sum of len(key)+len(value)
 	sum      uint64 // sum of recordHash over items, modulo 2^64
 
+	clock   int64 // milliseconds, moved by OpTick alone; never back
+	leases  leases
+	history history
+	once    once
+
 	// windows is the replay table, strictly ascending by node. A slice, as it
 	// holds a handful of members and must never be walked in a random order.
 	windows []window
@@ -87,7 +61,10 @@ type State struct {
 
 // NewState returns the empty state that every replica starts from.
 func NewState() *State {
-	return &State{items: new(btree.Map[string, string])}
+	return &State{
+		items: new(btree.Map[string, string]), leases: newLeases(), once: newOnce(),
+		history: history{maxEvents: maxEvents, maxSize: maxEventSize},
+	}
 }
 
 // Apply applies the batch of the log entry at index: all of its commands in
@@ -110,49 +87,185 @@ func (s *State) Apply(index uint64, b *Batch, results []Result) []Result {
 		return results
 	}
 	for i := range b.Commands {
-		c := &b.Commands[i]
-		if c.Op == OpPut {
-			results = append(results, s.put(c.Key, c.Value))
-		} else {
-			results = append(results, s.delete(c.Key))
+		results = append(results, s.run(&b.Commands[i], index))
+		if len(s.leases.orphans) > 0 {
+			s.leases.reap()
 		}
+		s.history.trim()
 	}
 	return results
 }
 
+// run carries out one command, or finds the result of an earlier one.
+func (s *State) run(c *Command, index uint64) Result {
+	if c.Once != nil {
+		return s.runOnce(c, index)
+	}
+	return s.runAlways(c, index)
+}
+
+func (s *State) runAlways(c *Command, index uint64) Result {
+	switch c.Op {
+	case OpPut:
+		return s.put(c, index)
+	case OpDelete:
+		return s.delete(c)
+	case OpDeleteRange:
+		return s.deleteRange(c.Span)
+	case OpTxn:
+		return s.txn(c, index)
+	case OpGrant:
+		id := s.leases.grant(c.TTL, c.Wall, index, false)
+		return s.leaseResult(id)
+	case OpKeepAlive:
+		return s.keepAlive(c, index)
+	case OpRevoke:
+		return s.revoke(c.Lease)
+	default: // OpTick, as the batch is valid
+		return s.tick(&c.Tick)
+	}
+}
+
 // put always takes a revision, also where it stores the bytes that were there:
 // a put is a change, and watchers and preconditions see it as one.
-func (s *State) put(key string, value []byte) Result {
+func (s *State) put(c *Command, index uint64) Result {
+	if c.If.Kind != CheckNothing {
+		if r, ok := s.meets(c); !ok {
+			return r
+		}
+	}
+	lease := c.Lease
+	if c.TTL != 0 {
+		lease = s.leases.grant(c.TTL, c.Wall, index, true)
+	} else if lease != 0 && !s.leases.has(lease) {
+		return s.refuse(RefusedNoLease)
+	}
 	s.revision++
+	e, h := s.store(c.Key, c.Value, lease)
+	s.history.add(e)
+	return Result{Revision: s.revision, Entry: s.entry(e.next, h), Existed: e.prev != ""}
+}
+
+// delete of an absent key changes nothing and takes no revision.
+func (s *State) delete(c *Command) Result {
+	if c.If.Kind != CheckNothing {
+		if r, ok := s.meets(c); !ok {
+			return r
+		}
+	}
+	e, ok := s.remove(c.Key, s.revision+1)
+	if !ok {
+		return Result{Revision: s.revision}
+	}
+	s.revision++
+	s.history.add(e)
+	// A lease of its own is still there, for its label, until the command ends.
+	return Result{Revision: s.revision, Entry: s.entry(e.prev, headOf(e.prev)), Existed: true, Deleted: 1}
+}
+
+func (s *State) deleteRange(span Span) Result {
+	keys := s.keysOf(span)
+	s.removeAll(keys)
+	return Result{Revision: s.revision, Deleted: int64(len(keys))}
+}
+
+// keysOf returns the present keys of a span. They are collected before any of
+// them is removed, as a tree must not change while it is walked.
+func (s *State) keysOf(span Span) (keys []string) {
+	s.items.Ascend(span.Start, func(key, _ string) bool {
+		if !span.Contains(key) {
+			return false
+		}
+		keys = append(keys, key)
+		return true
+	})
+	return keys
+}
+
+// removeAll removes keys that are there, in ascending order, at one revision;
+// without any it takes none.
+func (s *State) removeAll(keys []string) {
+	if len(keys) > 0 {
+		s.revision++
+	}
+	for _, key := range keys {
+		e, _ := s.remove(key, s.revision)
+		s.history.add(e)
+	}
+}
+
+// refuse is the result of a command that changes nothing, for a reason.
+func (s *State) refuse(why Refusal) Result { return Result{Revision: s.revision, Refused: why} }
+
+// meets reports whether the precondition of a put or delete holds, and the
+// refusal if not.
+func (s *State) meets(c *Command) (Result, bool) {
+	e, exists := s.Get(c.Key)
+	ok := true
+	switch c.If.Kind {
+	case CheckExists:
+		ok = exists
+	case CheckAbsent:
+		ok = !exists
+	case CheckAnyOf:
+		ok = exists && slices.Contains(c.If.Revisions, e.ModRevision)
+	case CheckNoneOf:
+		ok = !exists || !slices.Contains(c.If.Revisions, e.ModRevision)
+	}
+	if ok {
+		return Result{}, true
+	}
+	r := s.refuse(RefusedCondition)
+	r.Entry, r.Existed = e, exists
+	return r, false
+}
+
+// store puts a key at the present revision, which the caller has taken, and
+// attaches it to the lease, which is there; 0 is none. It returns the event,
+// which is yet to become history, and the head of its next record.
+func (s *State) store(key string, value []byte, lease int64) (event, head) {
 	create, version := s.revision, int64(1)
 	old, existed := s.items.Get(key)
+	var prevHash uint64
+	var oldLease int64
 	if existed {
 		h := headOf(old)
-		create, version = h.create, h.version+1
+		create, version, oldLease = h.create, h.version+1, h.lease
 		s.bytes -= h.payload()
-		s.sum -= recordHash(old, h)
+		prevHash = recordHash(old, h)
+		s.sum -= prevHash
+	} else {
+		prevHash = absentHash(key)
 	}
 	// The old key string is not reused: it is part of the old record, and
 	// would pin the old value. Set replaces key and record together.
-	h := newHead(create, s.revision, version, len(key), len(value))
+	h := newHead(create, s.revision, version, lease, len(key), len(value))
 	rec := newRecord(h, key, value)
 	s.items.Set(keyOf(rec, h), rec)
 	s.bytes += h.payload()
 	s.sum += recordHash(rec, h)
-	return Result{Revision: s.revision, Entry: entryOf(rec, h), Existed: existed}
+	if oldLease != 0 || lease != 0 {
+		s.leases.move(keyOf(rec, h), oldLease, lease)
+	}
+	return event{s.revision, old, rec, eventHash(s.revision, false, prevHash), int32(h.keyLen)}, h
 }
 
-// delete of an absent key changes nothing and takes no revision.
-func (s *State) delete(key string) Result {
-	rec, existed := s.items.Delete(key)
-	if !existed {
-		return Result{Revision: s.revision}
+// remove takes a key out at that revision, and returns the event; false: it is
+// not there. Here the caller may take the revision afterwards, so that a delete
+// looks for its key once.
+func (s *State) remove(key string, revision int64) (event, bool) {
+	old, ok := s.items.Delete(key)
+	if !ok {
+		return event{}, false
 	}
-	s.revision++
-	h := headOf(rec)
+	h := headOf(old)
 	s.bytes -= h.payload()
-	s.sum -= recordHash(rec, h)
-	return Result{Revision: s.revision, Entry: entryOf(rec, h), Existed: true}
+	prevHash := recordHash(old, h)
+	s.sum -= prevHash
+	if h.lease != 0 {
+		s.leases.move(key, h.lease, 0)
+	}
+	return event{revision, old, "", eventHash(revision, true, prevHash), int32(h.keyLen)}, true
 }
 
 // SetApplied records that the log entry at index was applied and carried no
@@ -172,7 +285,18 @@ func (s *State) Get(key string) (Entry, bool) {
 	if !ok {
 		return Entry{}, false
 	}
-	return entryOf(rec, headOf(rec)), true
+	return s.entry(rec, headOf(rec)), true
+}
+
+// entry is entryOf with what the state knows of the lease.
+func (s *State) entry(rec string, h head) Entry {
+	e := entryOf(rec, h)
+	if h.lease != 0 {
+		// An old record may name a lease that has ended: no label then.
+		l, _ := s.leases.byID.Get(h.lease)
+		e.Expires = l.expires
+	}
+	return e
 }
 
 // Len returns the number of keys.
@@ -186,7 +310,7 @@ func (s *State) Bytes() int64 { return s.bytes }
 // the keys, until f returns false. The state must not be changed meanwhile.
 func (s *State) Ascend(from string, f func(Entry) bool) {
 	s.items.Ascend(from, func(_, rec string) bool {
-		return f(entryOf(rec, headOf(rec)))
+		return f(s.entry(rec, headOf(rec)))
 	})
 }
 
@@ -200,11 +324,19 @@ func (s *State) Clone() *State {
 	c := *s
 	c.items = s.items.Copy()
 	c.windows = slices.Clone(s.windows)
+	c.leases, c.once, c.history = s.leases.clone(), s.once.clone(), s.history.clone()
 	return &c
 }
 
-// Hash returns a 64-bit digest of the entries, the revision and the replay
-// table; the same on every replica at one log position, and across snapshot and
+func (s *State) extras() extras {
+	return extras{
+		clock: s.clock, lastLease: s.leases.last, leases: s.leases.sum,
+		history: s.history.sum, kept: s.once.sum, tombs: s.once.tombSum,
+	}
+}
+
+// Hash returns a 64-bit digest of all that is replicated: entries, revision,
+// history, leases, clock, results kept for idempotency keys, replay table; the same on every replica at one log position, and across snapshot and
 // restore. Applied is left out: replicas compare hashes at one index anyway.
 //
 // It is kept up to date by Apply, so that asking for it costs nothing that grows
@@ -215,65 +347,5 @@ func (s *State) Hash() uint64 {
 	for i := range s.windows {
 		windows += s.windows[i].hash()
 	}
-	return stateHash(s.sum, windows, s.revision)
-}
-
-// Check walks the whole state and returns the first broken invariant it finds.
-// It needs 8 bytes a key of memory, and time for sorting them.
-func (s *State) Check() error {
-	var (
-		t    tally
-		mods = make([]int64, 0, s.items.Len())
-		err  error
-	)
-	s.items.Scan(func(key, rec string) bool {
-		var h head
-		if h, err = parseHead(bytesOf(rec)); err != nil {
-			return false
-		}
-		if err = t.add(bytesOf(key), h); err != nil {
-			return false
-		}
-		if h.recordSize() != uint64(len(rec)) || keyOf(rec, h) != key {
-			err = fmt.Errorf("the record under key %q is of another key or size", key)
-			return false
-		}
-		t.sum += recordHash(rec, h)
-		mods = append(mods, h.mod)
-		return true
-	})
-	if err != nil {
-		return fmt.Errorf("kv: check: entry %d: %w", t.count, err)
-	}
-	if err := s.checkTotals(&t, mods); err != nil {
-		return fmt.Errorf("kv: check: %w", err)
-	}
-	return nil
-}
-
-// checkTotals compares the state's counters with what a walk has counted.
-func (s *State) checkTotals(t *tally, mods []int64) error {
-	switch {
-	case t.count != uint64(s.items.Len()):
-		return fmt.Errorf("the tree says %d entries and holds %d", s.items.Len(), t.count)
-	case t.bytes != uint64(s.bytes):
-		return fmt.Errorf("the state says %d bytes and holds %d", s.bytes, t.bytes)
-	case t.sum != s.sum:
-		return fmt.Errorf("the state says hash sum %016x and holds %016x", s.sum, t.sum)
-	case t.maxMod > s.revision:
-		return fmt.Errorf("an entry has revision %d, the store %d", t.maxMod, s.revision)
-	}
-	// No two entries share a mod revision: every command takes its own.
-	slices.Sort(mods)
-	for i := 1; i < len(mods); i++ {
-		if mods[i-1] == mods[i] {
-			return fmt.Errorf("two entries have mod revision %d", mods[i])
-		}
-	}
-	for i := range s.windows {
-		if err := t.addWindow(&s.windows[i]); err != nil {
-			return err
-		}
-	}
-	return nil
+	return s.extras().join(stateHash(s.sum, windows, s.revision))
 }

@@ -78,7 +78,7 @@ func TestApply(t *testing.T) {
 			"delete returns what was there", []Command{put("a", "1"), del("a")},
 			[]Result{
 				{Revision: 1, Entry: entry("a", "1", 1, 1, 1)},
-				{Revision: 2, Entry: entry("a", "1", 1, 1, 1), Existed: true},
+				{Revision: 2, Entry: entry("a", "1", 1, 1, 1), Existed: true, Deleted: 1},
 			},
 			nil,
 		},
@@ -97,7 +97,7 @@ func TestApply(t *testing.T) {
 			[]Result{
 				{Revision: 1, Entry: entry("a", "1", 1, 1, 1)},
 				{Revision: 2, Entry: entry("a", "2", 1, 2, 2), Existed: true},
-				{Revision: 3, Entry: entry("a", "2", 1, 2, 2), Existed: true},
+				{Revision: 3, Entry: entry("a", "2", 1, 2, 2), Existed: true, Deleted: 1},
 				{Revision: 4, Entry: entry("a", "3", 4, 4, 1)},
 			},
 			[]Entry{entry("a", "3", 4, 4, 1)},
@@ -171,7 +171,8 @@ func TestAppliedIndex(t *testing.T) {
 
 // The batch aliases a log entry, which is reused or must be free to go.
 func TestApplyCopies(t *testing.T) {
-	data := AppendBatch(nil, 0, 0, 0, AppendCommand(nil, put("key", "value")))
+	c := put("key", "value")
+	data := AppendBatch(nil, 0, 0, 0, AppendCommand(nil, &c))
 	var b Batch
 	if err := DecodeBatch(data, &b); err != nil {
 		t.Fatal(err)
@@ -418,12 +419,12 @@ func TestCheckFindsDamage(t *testing.T) {
 		"entry gone":           func(s *State) { s.items.Delete("a") },
 		"key of another entry": func(s *State) { rec, _ := s.items.Get("a"); s.items.Set("b", rec) },
 		"value cut":            func(s *State) { rec, _ := s.items.Get("b"); s.items.Set("b", rec[:len(rec)-1]) },
-		"mod twice":            func(s *State) { replace(s, "b", newHead(1, 1, 1, 1, 2)) },
-		"mod beyond the store": func(s *State) { replace(s, "b", newHead(2, 9, 1, 1, 2)) },
-		"create above mod":     func(s *State) { replace(s, "b", newHead(3, 2, 1, 1, 2)) },
-		"create 0":             func(s *State) { replace(s, "b", newHead(0, 2, 1, 1, 2)) },
-		"version 0":            func(s *State) { replace(s, "b", newHead(2, 2, 0, 1, 2)) },
-		"version too high":     func(s *State) { replace(s, "b", newHead(2, 2, 2, 1, 2)) },
+		"mod twice":            func(s *State) { replace(s, "b", newHead(1, 1, 1, 0, 1, 2)) },
+		"mod beyond the store": func(s *State) { replace(s, "b", newHead(2, 9, 1, 0, 1, 2)) },
+		"create above mod":     func(s *State) { replace(s, "b", newHead(3, 2, 1, 0, 1, 2)) },
+		"create 0":             func(s *State) { replace(s, "b", newHead(0, 2, 1, 0, 1, 2)) },
+		"version 0":            func(s *State) { replace(s, "b", newHead(2, 2, 0, 0, 1, 2)) },
+		"version too high":     func(s *State) { replace(s, "b", newHead(2, 2, 2, 0, 1, 2)) },
 		"window node 0":        func(s *State) { s.windows[0].node = 0 },
 		"window order":         func(s *State) { s.windows[0].node = 8 },
 		"window node twice":    func(s *State) { s.windows[0].node = 7 },

@@ -1,0 +1,40 @@
+package api
+
+import "strconv"
+
+// AppendJSON appends the JSON object of the change to dst: what
+// encoding/json makes of it, without its cost.
+func (c *Change) AppendJSON(dst []byte) []byte {
+	dst = strconv.AppendInt(append(dst, `{"revision":`...), c.Revision, 10)
+	if len(c.Events) > 0 {
+		dst = append(dst, `,"events":`...)
+		sep := byte('[')
+		for i := range c.Events {
+			dst = c.Events[i].AppendJSON(append(dst, sep))
+			sep = ','
+		}
+		dst = append(dst, ']')
+	}
+	for _, f := range [...]struct {
+		name string
+		set  bool
+	}{{"initial", c.Initial}, {"more", c.More}, {"progress", c.Progress}, {"overflow", c.Overflow}, {"compacted", c.Compacted}} {
+		if f.set {
+			dst = append(append(append(dst, `,"`...), f.name...), `":true`...)
+		}
+	}
+	if c.CompactRevision != 0 {
+		dst = strconv.AppendInt(append(dst, `,"compact_revision":`...), c.CompactRevision, 10)
+	}
+	return append(dst, '}')
+}
+
+// AppendJSON appends the JSON object of the event to dst.
+func (e *Event) AppendJSON(dst []byte) []byte {
+	dst = AppendString(append(dst, `{"type":`...), e.Type)
+	dst = e.Entry.AppendJSON(append(dst, `,"entry":`...))
+	if e.Prev != nil {
+		dst = e.Prev.AppendJSON(append(dst, `,"prev":`...))
+	}
+	return append(dst, '}')
+}

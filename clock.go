@@ -1,0 +1,115 @@
+package main
+
+import (
+	"time"
+
+	"go.etcd.io/raft/v3"
+	"go.uber.org/zap"
+
+	"pontoon/kv"
+)
+
+// Leases need a time that all members agree on and that never runs too fast. It
+// is a number in the state, in milliseconds, which only entries of the log move:
+// ticks, proposed by the leader while something can expire.
+//
+//	clock of a tick = clock of the last tick applied here + time since it was applied here
+//
+// The elapsed time is measured by the monotonic clock of one process, so no
+// jump of a wall clock matters. It begins when the older tick was applied, not
+// when it was proposed, which is earlier; so each tick is at most as far ahead
+// of the one before as real time is, and by induction of every tick before.
+// The two other rules that make it so:
+//
+//   - a leader ticks only after it has applied an entry of its own term: then
+//     every older tick is applied, or its own;
+//   - a tick counts only in an entry of the term it was made in: a late one of
+//     a former leader, forwarded to the present one, could be ahead.
+//
+// A lease begins to run at the first tick that was made some time after its
+// grant was applied by the leader (kv.Tick.Seen), so that what it took to commit
+// and to answer the client is not counted against it. Every member measures, so a new
+// leader goes on where the old one was, and the time of an election is not lost.
+
+// clock is what the loop must know to tick. The apply loop publishes it.
+type clock struct {
+	term      uint64    // of the last entry applied
+	applied   uint64    // its index
+	reads     int64     // kv.State.Clock
+	at        time.Time // when it was set
+	unstarted bool      // something waits for its first tick
+	next      int64     // the earliest deadline known, 0: none
+	active    bool      // something can expire
+}
+
+// now is the clock extrapolated.
+func (c *clock) now() int64 { return c.reads + time.Since(c.at).Milliseconds() }
+
+// publishClock tells the loop what the state's clock is needed for. It runs
+// on the apply loop, before anybody learns that the entries are applied.
+func (s *kvstore) publishClock() {
+	s.mu.RLock()
+	st := s.mu.state
+	c := clock{term: s.term, applied: st.Applied(), reads: st.Clock(), active: st.Leases()+st.Kept() > 0}
+	if c.active {
+		c.unstarted, c.next = st.Pending()
+	}
+	s.mu.RUnlock()
+	old := s.node.clock.Load()
+	if old != nil && !old.active && !c.active && old.term == c.term && old.reads == c.reads {
+		return // a store without leases pays nothing
+	}
+	c.at = time.Now()
+	if old != nil && old.reads == c.reads {
+		c.at = old.at
+	}
+	s.node.clock.Store(&c)
+	if c.next != 0 && c.next <= c.reads { // one tick ends a bounded number of keys; there are more
+		s.node.mail.post(s.node.proposeTick)
+	}
+}
+
+// proposeTick proposes to move the clock if this member leads and something
+// asks for it. Nobody waits for the outcome: a tick that is lost is late, and
+// the next one makes up for it.
+func (n *raftNode) proposeTick() {
+	c := n.clock.Load()
+	if c == nil || !c.active || n.now.state != raft.StateLeader || c.term != n.now.term || !n.mayPropose() {
+		return
+	}
+	now := c.now()
+	since := time.Since(n.tickSent)
+	switch {
+	case c.next != 0 && c.next <= now && (c.next <= c.reads || since >= n.cfg.TickInterval):
+	case c.unstarted && since >= 2*n.cfg.TickInterval:
+	case since >= 5*n.cfg.TickInterval:
+	default:
+		return
+	}
+	n.tickSent = time.Now()
+	tick := kv.AppendCommand(nil, &kv.Command{Op: kv.OpTick,
+		Tick: kv.Tick{Clock: now, Wall: n.tickSent.UnixMilli(), Seen: n.seen[0], Term: n.now.term}})
+	// Without an identity: it is never proposed again, and applies at once.
+	if err := n.raw.Propose(kv.AppendBatch(nil, 0, 0, 0, tick)); err != nil {
+		n.log.Debug("tick not proposed", zap.Error(err))
+	}
+}
+
+// noteSeen keeps what was applied one tick of raft ago and more: by then a
+// follower has applied it too, and answered its client.
+func (n *raftNode) noteSeen() {
+	if c := n.clock.Load(); c != nil {
+		n.seen[0], n.seen[1] = n.seen[1], c.applied
+	}
+}
+
+// mayTick refuses a batch with a tick that was made in another term than the
+// entry it arrived in, on every member alike.
+func mayTick(b *kv.Batch, term uint64) bool {
+	for i := range b.Commands {
+		if c := &b.Commands[i]; c.Op == kv.OpTick && c.Tick.Term != term {
+			return false
+		}
+	}
+	return true
+}

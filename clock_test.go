@@ -1,0 +1,231 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+
+	"go.etcd.io/raft/v3/raftpb"
+
+	"pontoon/kv"
+)
+
+// ttlWitness is one key with a TTL, and what was seen of it.
+type ttlWitness struct {
+	key      string
+	ttl      time.Duration
+	answered time.Time     // the put
+	alive    time.Time     // start of the last read that found it
+	gone     time.Time     // end of the first read that did not
+	margin   time.Duration // how late it may be
+}
+
+func (w *ttlWitness) check(t *testing.T) {
+	t.Helper()
+	if lived := w.gone.Sub(w.answered); lived < w.ttl {
+		t.Errorf("%s: gone %v after the answer, its TTL is %v", w.key, lived, w.ttl)
+	}
+	if late := w.alive.Sub(w.answered) - w.ttl; late > w.margin {
+		t.Errorf("%s: still there %v after its time", w.key, late)
+	}
+}
+
+// watchKey reads the key on changing members until it is gone.
+func (w *ttlWitness) watchKey(pick func() *testNode, limit time.Duration) error {
+	deadline := time.Now().Add(w.ttl + limit)
+	for time.Now().Before(deadline) {
+		start := time.Now()
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		_, _, err := pick().store.get(ctx, w.key, readOptions{})
+		cancel()
+		switch {
+		case errors.Is(err, errKeyNotFound):
+			w.gone = time.Now()
+			return nil
+		case err == nil:
+			w.alive = start
+		}
+	}
+	return fmt.Errorf("%s is still there %v after its TTL", w.key, limit)
+}
+
+func (n *testNode) putTTL(key string, ttl time.Duration) (time.Time, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	_, err := n.store.propose(ctx, &kv.Command{Op: kv.OpPut, Key: key, Value: []byte("x"), TTL: ttl, Wall: time.Now().UnixMilli()})
+	return time.Now(), err
+}
+
+// TestTTL: keys end when they should, never before, while the leader is cut
+// off, restarted and replaced; on a cluster that takes snapshots all the time.
+func TestTTL(t *testing.T) {
+	c := newCluster(t, 3, small)
+	c.leader()
+	up := newMembersUp(c)
+	var wg sync.WaitGroup
+	stop := make(chan struct{})
+	wg.Go(func() { // entries for shakeLeader to see progress by
+		for i := 0; ; i++ {
+			select {
+			case <-stop:
+				return
+			default:
+				ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+				_, _ = up.pick().store.put(ctx, fmt.Sprintf("load-%d", i%10), nil) // its outcome is of no interest
+				cancel()
+			}
+		}
+	})
+	var mu sync.Mutex
+	var seen []*ttlWitness
+	for id := range 4 {
+		wg.Go(func() {
+			for i := 0; ; i++ {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				w := &ttlWitness{key: fmt.Sprintf("ttl-%d-%d", id, i), ttl: time.Duration(100+150*id) * time.Millisecond, margin: 2 * time.Second}
+				var err error
+				if w.answered, err = up.pick().putTTL(w.key, w.ttl); err != nil {
+					continue
+				}
+				w.alive = w.answered
+				if err := w.watchKey(up.pick, 10*time.Second); err != nil {
+					t.Error(err)
+					return
+				}
+				mu.Lock()
+				seen = append(seen, w)
+				mu.Unlock()
+			}
+		})
+	}
+	for round := range 6 {
+		shakeLeader(t, c, up, round)
+	}
+	close(stop)
+	wg.Wait()
+	for _, w := range seen {
+		w.check(t)
+	}
+	t.Logf("%d keys ended in time", len(seen))
+	if len(seen) < 10 {
+		t.Errorf("only %d keys were seen to end", len(seen))
+	}
+	c.check()
+}
+
+// TestTTLQuietCluster: without any other traffic the leader ticks by itself, and
+// stops once nothing can expire any more.
+func TestTTLQuietCluster(t *testing.T) {
+	c := newCluster(t, 3, nil)
+	c.leader()
+	f := c.follower()
+	w := &ttlWitness{key: "k", ttl: 200 * time.Millisecond, margin: time.Second}
+	var err error
+	if w.answered, err = f.putTTL(w.key, w.ttl); err != nil {
+		t.Fatal(err)
+	}
+	w.alive = w.answered
+	if err := w.watchKey(func() *testNode { return f }, 10*time.Second); err != nil {
+		t.Fatal(err)
+	}
+	w.check(t)
+	l := c.leader()
+	// With nothing left to expire the log stands still.
+	waitFor(t, "a log that stands still", func() bool {
+		at := l.node.progress.last.Load()
+		<-time.After(20 * testTick)
+		return l.node.progress.last.Load() == at
+	})
+}
+
+// TestTTLRestart: a lease outlives the restart of everybody, and ends in time
+// counted from then on at the latest.
+func TestTTLRestart(t *testing.T) {
+	c := newCluster(t, 3, nil)
+	l := c.leader()
+	w := &ttlWitness{key: "k", ttl: 600 * time.Millisecond, margin: 3 * time.Second}
+	var err error
+	if w.answered, err = l.putTTL(w.key, w.ttl); err != nil {
+		t.Fatal(err)
+	}
+	w.alive = w.answered
+	for id := range c.table {
+		if err := c.stop(uint64(id + 1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for id := range c.table {
+		c.start(uint64(id + 1))
+	}
+	if err := w.watchKey(func() *testNode { return c.nodes[2] }, 20*time.Second); err != nil {
+		t.Fatal(err)
+	}
+	w.check(t)
+	c.check()
+}
+
+// TestLateTick: a tick in an entry of another term than its own changes nothing,
+// and a peer's proposal must not contain one at all.
+func TestLateTick(t *testing.T) {
+	c := newCluster(t, 1, nil)
+	n := c.leader()
+	if _, err := n.putTTL("k", time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	tick := kv.AppendCommand(nil, &kv.Command{Op: kv.OpTick, Tick: kv.Tick{Clock: 1 << 40, Seen: 1 << 40, Term: 7}})
+	data := kv.AppendBatch(nil, 0, 0, 0, tick)
+	if err := validateProposal([]*raftpb.Entry{{Type: raftpb.EntryNormal.Enum(), Data: data}}); err == nil {
+		t.Error("a forwarded tick is accepted")
+	}
+	if err := n.node.do(c.ctx(), func() {
+		if err := n.node.raw.Propose(data); err != nil {
+			t.Error(err)
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	n.mustPut("after", "x")
+	n.store.mu.RLock()
+	defer n.store.mu.RUnlock()
+	if at := n.store.mu.state.Clock(); at >= 1<<40 {
+		t.Errorf("the clock moved to %d by a tick of another term", at)
+	}
+}
+
+// TestTickRules: a leader ticks only once it has applied an entry of its own
+// term, and says that it has seen only what it had applied a raft tick before.
+func TestTickRules(t *testing.T) {
+	c := newCluster(t, 1, nil)
+	n := c.leader()
+	n.mustPut("k", "v")
+	err := n.node.do(c.ctx(), func() {
+		real := n.node.clock.Load()
+		defer n.node.clock.Store(real)
+		overdue := clock{term: n.node.now.term, applied: real.applied, at: time.Now(), active: true, next: 1, reads: 2}
+		former := overdue
+		former.term--
+		n.node.clock.Store(&former)
+		before := n.node.raw.HasReady()
+		if n.node.proposeTick(); n.node.raw.HasReady() != before {
+			t.Error("a tick before anything of the own term is applied")
+		}
+		n.node.clock.Store(&overdue)
+		if n.node.proposeTick(); !n.node.raw.HasReady() {
+			t.Error("no tick although a deadline has passed")
+		}
+		n.node.seen = [2]uint64{1, 2}
+		if n.node.noteSeen(); n.node.seen != [2]uint64{2, real.applied} {
+			t.Errorf("seen %v, want what was applied one tick ago first", n.node.seen)
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
