@@ -158,7 +158,7 @@ func (c *apiCall) nextLink(next string) string {
 		if name == "" || name == "after" {
 			continue
 		}
-		b.WriteString(url.QueryEscape(name))
+		b.WriteString(name) // of an option that is known, so it needs no encoding
 		if hasValue {
 			b.WriteString("=" + url.QueryEscape(value))
 		}

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"testing/synctest"
 
 	"pgregory.net/rapid"
 
@@ -212,15 +213,18 @@ func TestListRefusals(t *testing.T) {
 
 // A page from a member that lags behind the one that made the cursor waits.
 func TestCursorOfMemberAhead(t *testing.T) {
-	h, b := newTwinAPI(t, testLimits())
-	fill(b, "a", "b")
-	ahead := (&cursor{revision: 3, query: walkHash(&kv.Query{}), last: "a"}).encode()
-	done := make(chan answer)
-	go func() { done <- ask(t, h, "GET", "/v1/kv?consistency=stale&after="+ahead, "") }()
-	fill(b, "c")
-	if a := <-done; a.status != 200 || !strings.Contains(a.body, `"key":"c"`) {
-		t.Errorf("%d %s", a.status, a.body)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		h, b := newTwinAPI(t, testLimits())
+		fill(b, "a", "b")
+		ahead := (&cursor{revision: 3, query: walkHash(&kv.Query{}), last: "a"}).encode()
+		done := make(chan answer, 1)
+		go func() { done <- ask(t, h, "GET", "/v1/kv?consistency=stale&after="+ahead, "") }()
+		synctest.Wait()
+		fill(b, "c")
+		if a := <-done; a.status != 200 || !strings.Contains(a.body, `"key":"c"`) {
+			t.Errorf("%d %s", a.status, a.body)
+		}
+	})
 }
 
 func TestListCompacted(t *testing.T) {
