@@ -402,6 +402,18 @@ func TestImportLeases(t *testing.T) {
 	}
 }
 
+// The line is found in a later chunk, too.
+func TestImportLeaseInSecondChunk(t *testing.T) {
+	h, b := newTwinAPI(t, testLimits())
+	lines := strings.Split(importLines(1500), "\n")
+	lines[1300] = `{"key":"b","value":"x","lease":"7"}`
+	a := askJSON(t, h, "POST", "/v1/kv", strings.Join(lines, "\n"), 404, nil)
+	p := problemOf(t, a)
+	if p.Line != 1301 || *p.Applied != (api.Imported{Put: 1300, Revision: 1300}) || b.revision() != 1300 {
+		t.Errorf("%s, revision %d", a.body, b.revision())
+	}
+}
+
 // What is left until `expires` becomes the TTL.
 func TestImportExpires(t *testing.T) {
 	for left, want := range map[time.Duration]time.Duration{
@@ -549,13 +561,44 @@ func TestSlowImport(t *testing.T) {
 	}
 }
 
-// Over HTTP/2 a read deadline that passes while raft is waited for must not
-// break the body.
-func TestImportHTTP2(t *testing.T) {
+// deadlineWriter notes the read deadline in force.
+type deadlineWriter struct {
+	*httptest.ResponseRecorder
+	until time.Time
+}
+
+func (w *deadlineWriter) SetReadDeadline(t time.Time) error {
+	w.until = t
+	return nil
+}
+
+// Over HTTP/2 a read deadline that passes while raft is waited for would break
+// the body for good, so that none is in force then.
+func TestImportReadDeadline(t *testing.T) {
 	_, b := newTwinAPI(t, testLimits())
+	w := &deadlineWriter{ResponseRecorder: httptest.NewRecorder()}
+	chunks := 0
 	h := newTestAPIOver(&hooked{backend: b, onPropose: func(ctx context.Context, c *kv.Command) (kv.Result, error) {
+		// The last chunk comes after the end of the body.
+		if chunks++; chunks < 3 && !w.until.IsZero() {
+			t.Errorf("chunk %d: the read deadline is %v", chunks, w.until)
+		}
+		w.until = time.Unix(1, 0)
 		return b.propose(ctx, c)
 	}}, &b.fakeBackend, testLimits())
+	h.ServeHTTP(w, httptest.NewRequest("POST", "/v1/kv", &repeatReader{n: 2500}))
+	if w.Code != 200 || chunks != 3 {
+		t.Errorf("%d %s in %d chunks", w.Code, w.Body, chunks)
+	}
+	w.until = time.Time{}
+	h.ServeHTTP(w, httptest.NewRequest("POST", "/v1/kv", nil))
+	if !w.until.IsZero() {
+		t.Errorf("without a body the read deadline is %v", w.until)
+	}
+}
+
+func TestImportHTTP2(t *testing.T) {
+	h, _ := newTwinAPI(t, testLimits())
 	client := http2Client(t)
 	addr := serveTest(t, h)
 	post := func(body io.Reader) (int, string) {

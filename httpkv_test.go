@@ -127,7 +127,7 @@ func TestRefusedKeyOptions(t *testing.T) {
 		{"PUT /k", "Prefer: return", "return"}, {"PUT /k", "Prefer: return=all", "return"}, {"PUT /k", "Prefer: return=minimal, return=representation", "twice"},
 		{"PUT /k", "Prefer: ", "Prefer"},
 		{"GET /k", "Prefer: wait=30", "If-None-Match"}, {"GET /k", "If-None-Match: \"1\"\nPrefer: wait=x", "wait"}, {"GET /k", "If-None-Match: \"1\"\nPrefer: wait=61", "wait"},
-		{"GET /k?revision=1", "If-None-Match: \"1\"\nPrefer: wait=1", "revision"}, {"GET /k", `If-None-Match: x`, "If-None-Match"},
+		{"GET /k?revision=1", "If-None-Match: \"1\"\nPrefer: wait=1", "never changes"}, {"GET /k", `If-None-Match: x`, "If-None-Match"},
 	} {
 		method, target, _ := strings.Cut(row.call, " ")
 		headers := "Accept: application/json\r\n"
@@ -163,6 +163,18 @@ func TestPrefersJSON(t *testing.T) {
 		}
 		if got := (&apiCall{r: r}).prefersJSON(); got != want {
 			t.Errorf("Accept %q: JSON %v, want %v", accept, got, want)
+		}
+	}
+}
+
+// An absent key, of mod revision 0, matches what names it and not `*`.
+func TestMatchesTag(t *testing.T) {
+	for tag, want := range map[string][2]bool{ // against revision 0, and 7
+		`*`: {false, true}, `"0"`: {true, false}, `"7"`: {false, true}, `W/"7"`: {false, true}, `"6", "8"`: {false, false}, `"0", "7"`: {true, true},
+	} {
+		p, err := parseETags("If-None-Match", []string{tag}, false)
+		if got := [2]bool{matchesTag(&p, 0), matchesTag(&p, 7)}; err != nil || got != want {
+			t.Errorf("%s: %v, %v; want %v", tag, got, err, want)
 		}
 	}
 }

@@ -386,6 +386,7 @@ func (s *kvstore) dispatch(ctx context.Context) {
 		s.mu.RLock()
 		h := s.mu.state.History()
 		s.mu.RUnlock()
+		next = max(next, uint64(s.hub.Published())+1) // nobody wants what came before the watchers that are here
 		if uint64(h.Compacted()) >= next && s.hub.Len() > 0 {
 			s.hub.Lost()
 			next = uint64(h.Revision()) + 1

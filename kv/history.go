@@ -131,10 +131,12 @@ const (
 	sealSize = 1 << 20
 )
 
-// clone shares all memory: whoever appends next takes a copy of the tail.
+// clone shares all memory. The clone has no room to append in, and takes a copy
+// first; h goes on in place, behind all that the clone can see.
 func (h *history) clone() history {
-	h.full, h.tail = slices.Clip(h.full), slices.Clip(h.tail)
-	return *h
+	c := *h
+	c.full, c.tail = slices.Clip(h.full), slices.Clip(h.tail)
+	return c
 }
 
 // add appends an event.

@@ -152,6 +152,46 @@ func TestHistoryReadWhileStateGoesOn(t *testing.T) {
 	check(t, s)
 }
 
+// A state and its clones seal chunks of their own, whatever room there was.
+func TestClonesAppendApart(t *testing.T) {
+	base := NewState()
+	for i := range 5*chunkEvents + 7 {
+		base.Apply(base.Applied()+1, &Batch{Commands: []Command{put("k", fmt.Sprint(i))}}, nil)
+	}
+	if cap(base.history.full) == len(base.history.full) {
+		t.Fatal("no room that could be shared")
+	}
+	states := []*State{base, base.Clone(), base.Clone()}
+	for range 2 * chunkEvents {
+		for i, s := range states {
+			s.Apply(s.Applied()+1, &Batch{Commands: []Command{put(fmt.Sprint("of", i), "")}}, nil)
+		}
+	}
+	for i, s := range states {
+		check(t, s)
+		s.History().Events(5*chunkEvents+8, func(e Event) bool {
+			if e.Entry.Key != fmt.Sprint("of", i) {
+				t.Errorf("state %d has an event of %q", i, e.Entry.Key)
+			}
+			return !t.Failed()
+		})
+	}
+}
+
+// Nothing reaches a trimmed chunk any more but a History that was taken before.
+func TestTrimmedChunkIsLetGo(t *testing.T) {
+	s := NewState()
+	for range 3*chunkEvents + 1 {
+		s.Apply(s.Applied()+1, &Batch{Commands: []Command{put("k", "")}}, nil)
+	}
+	before := s.history.full
+	s.history.maxEvents = chunkEvents
+	apply(t, s, put("k", ""))
+	if len(s.history.full) != len(before)-2 || &s.history.full[0] == &before[2] {
+		t.Errorf("%d chunks of %d, in the same array", len(s.history.full), len(before))
+	}
+}
+
 func TestHistoryBack(t *testing.T) {
 	s := NewState()
 	apply(t, s, put("a", "1"), put("b", "x"), put("a", "2"), del("a"), put("a", "3"), put("b", "y"))

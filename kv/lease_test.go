@@ -211,6 +211,20 @@ func TestExpiryOrderAndLimit(t *testing.T) {
 	step(1, "[14 delete k8 was  of 9]", 0)
 }
 
+// A lease without keys counts as one key, or a tick could end any number.
+func TestExpiryLimitCountsEmptyLeases(t *testing.T) {
+	s := NewState()
+	s.leases.maxTickKeys = 2
+	apply(t, s, grant(time.Second, 0), grant(time.Second, 0), grant(time.Second, 0), putLease("k", 3))
+	apply(t, s, tick(0, 0, s.Applied()))
+	for _, want := range []int{1, 0} {
+		apply(t, s, tick(1000, 0, s.Applied()))
+		if s.Leases() != want {
+			t.Errorf("%d leases, want %d", s.Leases(), want)
+		}
+	}
+}
+
 func TestLeaseKeys(t *testing.T) {
 	s := NewState()
 	apply(t, s, grant(time.Second, 0), grant(time.Second, 0), putLease("b", 1), putLease("a", 1), putLease("c", 2), putLease("d", 1))

@@ -162,10 +162,10 @@ const fifoChunk = 4096
 func (q *fifo) clone() fifo {
 	c := *q
 	c.chunks = slices.Clone(q.chunks)
-	// Who appends to the last chunk next takes a copy: both may.
+	// The clone appends to a copy of the last chunk; q goes on in place, behind
+	// all that the clone can see.
 	if n := len(q.chunks); n > 0 {
-		last := slices.Clip(q.chunks[n-1])
-		c.chunks[n-1], q.chunks[n-1] = last, last
+		c.chunks[n-1] = slices.Clip(q.chunks[n-1])
 	}
 	return c
 }

@@ -244,6 +244,7 @@ func TestTxnTooLarge(t *testing.T) {
 		{"bytes of keys", large, then(keys(opGet(Span{}))), false},
 		{"what is deleted before does not count", large, then(opDel(Span{"", "k000001"}), opGet(Span{})), false},
 		{"what is behind comes instead", large, then(opDel(Prefix("k00000")), limit(4096, opGet(Span{})), opGet(Prefix("k0"))), true},
+		{"what lies right behind the deleted counts", large, then(opDel(Span{"", "k000001"}), opGet(Span{}), opGet(SingleKey("k000001"))), true},
 		{"a put counts with its bytes", large, then(opPut("a", ""), limit(4096, opGet(Span{}))), true},
 		{"a kept result has less room", large, once(then(limit(257, opGet(Span{})))), true},
 		{"a kept result, just", large, once(then(limit(256, opGet(Span{})))), false},

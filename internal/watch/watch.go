@@ -97,9 +97,9 @@ type Hub struct {
 		bytes              int64
 	} // set before the first use; 0: none for watchers, the default for the others
 	open atomic.Int64 // watchers that are not closed; written under mu
-	// published is the newest revision that was handed out; written under mu.
-	// Who reads it before looking at an empty queue knows that the queue had
-	// all of it.
+	// published is the newest revision that was handed out, or that nobody
+	// was there to want; written under mu, never back. Who reads it before
+	// looking at an empty queue knows that the queue had all of it.
 	published atomic.Int64
 	mu        struct {
 		sync.Mutex
@@ -117,6 +117,10 @@ func (h *Hub) SetLimit(watchers int) { h.limits.watchers = watchers }
 func (h *Hub) SetQueue(messages int, bytes int64) {
 	h.limits.messages, h.limits.bytes = messages, bytes
 }
+
+// Published is the newest revision that needs no Publish any more: it was
+// published, or came before all watchers.
+func (h *Hub) Published() int64 { return h.published.Load() }
 
 // Len is the number of watchers, those that were cut and are not yet closed included.
 func (h *Hub) Len() int { return int(h.open.Load()) }
@@ -139,10 +143,13 @@ func (h *Hub) Add(f Filter, after int64) (*Watcher, error) {
 	w := &Watcher{hub: h, after: after, noPuts: f.NoPuts, noDeletes: f.NoDeletes, wake: make(chan struct{}, 1)}
 	w.mu.delivered = after
 	h.open.Add(1)
-	if after < h.published.Load() {
+	switch published := h.published.Load(); {
+	case after < published:
 		w.mu.cut = true
 		w.signal()
 		return w, nil
+	case len(h.mu.all.seats) == 0:
+		h.published.Store(after) // else the publisher would have to begin where the last watcher left
 	}
 	h.mu.add(w, &f)
 	return w, nil
@@ -151,9 +158,13 @@ func (h *Hub) Add(f Filter, after int64) (*Watcher, error) {
 // Publish hands out the events of one revision, ascending by key, at most one a
 // key; they belong to the hub from then on. Revisions ascend. It never blocks:
 // its time grows with the watchers that want something of it, and a watcher
-// whose queue is full is cut.
+// whose queue is full is cut. Revisions up to Published are passed over.
 func (h *Hub) Publish(revision int64, events []kv.Event) {
 	h.mu.Lock()
+	if revision <= h.published.Load() {
+		h.mu.Unlock()
+		return
+	}
 	var cut []*Watcher
 	for _, w := range h.mu.match(events) {
 		if revision <= w.after {

@@ -172,6 +172,42 @@ func TestAfter(t *testing.T) {
 	checkEmpty(t, h)
 }
 
+// A publisher need not care about what came before the first watcher.
+func TestPublished(t *testing.T) {
+	h := &Hub{}
+	all := Filter{Prefixes: []string{""}}
+	want := func(published int64) {
+		t.Helper()
+		if h.Published() != published {
+			t.Errorf("published is %d, want %d", h.Published(), published)
+		}
+	}
+	first := add(t, h, all, 100)
+	want(100)
+	second := add(t, h, all, 105) // the first still wants 101 to 105
+	want(100)
+	publish(h, 101, "a")
+	want(101)
+	publish(h, 99, "a")
+	want(101)
+	first.Close()
+	second.Close()
+	want(101)
+	third := add(t, h, all, 200)
+	want(200)
+	publish(h, 150, "a")
+	publish(h, 201, "b")
+	if got, st := drain(third, 1); got != "201:b" || st.Delivered != 201 || st.Cut {
+		t.Errorf("got %q, %+v", got, st)
+	}
+	h.Lost()
+	fourth := add(t, h, all, 300)
+	want(300)
+	if _, st := drain(fourth, 1); st.Cut || st.Delivered != 300 {
+		t.Errorf("after the loss: %+v", st)
+	}
+}
+
 // Delivered never runs ahead of what is still queued, and follows revisions
 // that do not concern the watcher.
 func TestDelivered(t *testing.T) {
@@ -213,6 +249,7 @@ func TestWake(t *testing.T) {
 		t.Error("two messages wake once")
 	}
 	for name, end := range map[string]func(*Hub){"lost": (*Hub).Lost, "closed": (*Hub).Close} {
+		h = &Hub{}
 		w = add(t, h, Filter{Keys: []string{"a"}}, 3)
 		if end(h); !awake() {
 			t.Errorf("%s: not woken", name)
@@ -362,7 +399,8 @@ func TestPublishDoesNotAllocate(t *testing.T) {
 		add(t, h, Filter{Keys: []string{fmt.Sprint("k", i)}, Prefixes: []string{fmt.Sprint("p", i)}, Spans: []kv.Span{{Start: "s", End: "t"}}}, 0)
 	}
 	events := []kv.Event{event(1, "other"), event(1, "pother")}
-	if n := testing.AllocsPerRun(100, func() { h.Publish(1, events) }); n != 0 {
+	revision := int64(0)
+	if n := testing.AllocsPerRun(100, func() { revision++; h.Publish(revision, events) }); n != 0 {
 		t.Errorf("%v allocations for events that nobody wants", n)
 	}
 }
