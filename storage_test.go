@@ -5,7 +5,6 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -631,17 +630,16 @@ func TestOldLeaderRestartsFromInstalledSnapshot(t *testing.T) {
 	old := c.leader()
 	old.mustPut("k", "v")
 	c.isolate(old.id, true)
-	ctx, cancel := context.WithTimeout(c.ctx(), 10*testTick)
-	defer cancel()
-	for i := range 150 { // one entry each, as far as it stays leader
-		err := old.node.do(ctx, func() {
-			if old.node.raw.Propose(testBatch("lost", fmt.Sprint(i))) == nil {
-				old.node.mail.nudge()
+	err := old.node.do(c.ctx(), func() { // at once, while it still leads
+		for i := range 150 {
+			if err := old.node.raw.Propose(testBatch("lost", fmt.Sprint(i))); err != nil {
+				t.Errorf("entry %d: %v", i, err)
 			}
-		})
-		if err != nil {
-			break
 		}
+		old.node.mail.nudge()
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
 	var next *testNode
 	c.wait("another leader", func() bool {
