@@ -217,10 +217,11 @@ func TestProcessWatch(t *testing.T) {
 	writing, stop := context.WithCancel(context.Background())
 	defer stop()
 	var written atomic.Int64
+	urls := followers[0].urls
 	for id := range 4 {
 		wg.Go(func() {
 			for n := 0; writing.Err() == nil; n++ {
-				p := process{url: s.nodes[(id+n)%3+1].url}
+				p := process{url: urls[(id+n)%3]}
 				pair := fmt.Sprintf(`{"then":[{"put":{"key":"w/a%d","value":"%d"}},{"put":{"key":"w/b%d","value":"%d"}}]}`, id, n, id, n)
 				a, err := p.try(http.MethodPost, "/v1/txn?timeout=2s", pair)
 				if err == nil && a.status == http.StatusOK {
