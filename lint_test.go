@@ -67,6 +67,9 @@ var lintEdges = []struct {
 	{"client", lintStd, false, "what a Go program imports: it must not inherit the server's dependencies"},
 	{"client", "pontoon/api", false, "the shapes and codes it decodes"},
 
+	{"internal/bench", lintStd, false, "a client that measures: it shares nothing with the node but the API"},
+	{"internal/bench", "pontoon/api", false, "the status and the codes it decodes"},
+
 	{"internal/wait", lintStd, false, "who waits for which result: a rule without raft"},
 
 	{"internal/watch", lintStd, false, "who gets which events: a rule without raft"},
