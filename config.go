@@ -109,6 +109,7 @@ const usageText = `Pontoon: a replicated key-value store you can curl.
 
 Usage:
   pontoon [flags]      run a node
+  pontoon bench        measure a running cluster (pontoon bench --help)
   pontoon version      print the version
   pontoon help         print this text
 

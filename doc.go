@@ -16,7 +16,7 @@
 //	             other http*.go: options, bodies, errors → status, metrics; internal/watch: fan-out; listener.go: what a slow client may cost
 //	server.go    the parts of a member, how they start and stop
 //	status.go    /v1/status, /readyz; metrics.go: /metrics
-//	config.go    flags and every limit; main.go: exit codes
+//	config.go    flags and every limit; main.go: exit codes; internal/bench: pontoon bench, which is a client
 //
 // # The way of a write
 //

@@ -16,6 +16,8 @@ import (
 
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+
+	"pontoon/internal/bench"
 )
 
 // version is what pontoon version and /v1/status say.
@@ -29,6 +31,10 @@ func start(args []string) int {
 	case len(args) > 0 && slices.Contains([]string{"version", "-version", "--version"}, args[0]):
 		fmt.Println("pontoon", version, revision(), runtime.Version())
 		return 0
+	case len(args) > 0 && args[0] == "bench":
+		ctx, cancel := signalContext()
+		defer cancel()
+		return bench.Main(ctx, args[1:], os.Stdout, os.Stderr)
 	case len(args) > 0 && args[0] == "help":
 		args = []string{"--help"}
 	}
@@ -40,11 +46,17 @@ func start(args []string) int {
 		fmt.Fprintln(os.Stderr, "pontoon:", strings.TrimPrefix(err.Error(), "usage: "))
 		return 2
 	}
-	// The first signal stops gently, a second one at once.
-	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	ctx, cancel := signalContext()
 	defer cancel()
-	context.AfterFunc(ctx, cancel)
 	return exitCode(serve(ctx, cfg))
+}
+
+// signalContext ends at the first signal, which stops gently; a second one
+// stops at once.
+func signalContext() (context.Context, context.CancelFunc) {
+	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, cancel)
+	return ctx, cancel
 }
 
 func serve(ctx context.Context, cfg Config) error {

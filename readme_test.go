@@ -168,6 +168,12 @@ func (r *readmeRun) line(line string) {
 		if err := os.Symlink(program(r.t), filepath.Join(r.dir, "pontoon")); err != nil {
 			r.t.Fatal(err)
 		}
+	case strings.HasPrefix(line, "go run . bench "):
+		args := append(strings.Fields(r.replacePorts(line))[3:], "--duration", "500ms", "--warmup", "200ms") // the last one counts
+		p := launch(r.t, r.dir, nil, args...)
+		if code := p.wait(20 * time.Second); code != 0 || !strings.Contains(p.stdout.String(), "puts/s") {
+			r.t.Errorf("%s\nexit code %d: %s%s", r.where, code, p.stdout.String(), p.stderr.String())
+		}
 	case words[0] == "./pontoon":
 		if _, err := os.Stat(filepath.Join(r.dir, "pontoon")); err != nil {
 			r.t.Fatalf("%s\nthe page has not built it yet: %v", r.where, err)
@@ -273,7 +279,7 @@ var curlLine = regexp.MustCompile(`(?m)^curl .*$`)
 func TestReadmeNames(t *testing.T) {
 	t.Parallel()
 	text := readme(t)
-	flags := flagNames(t)
+	flags := append(flagNames(t), slices.Collect(maps.Keys(benchFlags(t)))...)
 	for _, m := range regexp.MustCompile(`--([a-z][a-z-]*)`).FindAllStringSubmatch(curlLine.ReplaceAllString(text, ""), -1) {
 		if !slices.Contains(flags, m[1]) {
 			t.Errorf("README.md names the flag --%s, which does not exist", m[1])
