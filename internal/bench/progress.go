@@ -16,7 +16,7 @@ type progressLine struct {
 	before        *snapshot
 	beforeOps     int64
 	beforeAt      time.Duration
-	beforeSeconds int64
+	beforeSeconds int64 // of the window
 }
 
 func (p *progressLine) show(text string) {
@@ -54,15 +54,15 @@ func (p *progressLine) sample(now time.Duration) {
 	if now > p.r.rec.start {
 		p.mostBacklog = max(p.mostBacklog, p.r.schedule.backlog(now))
 	}
-	second := int64(now / time.Second)
+	if p.out != nil && now < p.r.rec.start {
+		p.show("warming up")
+		return
+	}
+	second := int64((now - p.r.rec.start) / time.Second)
 	if p.out == nil || second == p.beforeSeconds {
 		return
 	}
 	p.beforeSeconds = second
-	if now < p.r.rec.start {
-		p.show("warming up")
-		return
-	}
 	s := new(snapshot)
 	ops := int64(0)
 	for k := range p.r.rec.kinds {
@@ -77,7 +77,7 @@ func (p *progressLine) sample(now time.Duration) {
 	}
 	since := max(p.beforeAt, p.r.rec.start)
 	rate := float64(ops-p.beforeOps) / max(now-since, time.Millisecond).Seconds()
-	p.show(fmt.Sprintf("%4d s  %9s/s   p50 %8s   p99 %8s   errors %s", (now-p.r.rec.start)/time.Second,
+	p.show(fmt.Sprintf("%4d s  %9s/s   p50 %8s   p99 %8s   errors %s", second,
 		thousands(int64(rate)), latencyText(last.quantile(0.5)), latencyText(last.quantile(0.99)), thousands(p.r.rec.failures())))
 	p.before, p.beforeOps, p.beforeAt = s, ops, now
 }

@@ -130,6 +130,25 @@ func TestRunClosed(t *testing.T) {
 	}
 }
 
+// On a terminal a line tells of each second of the window.
+func TestProgressLine(t *testing.T) {
+	t.Parallel()
+	f := newFake(t, nil)
+	o, err := parse([]string{"--endpoints", f.endpoint(), "--warmup", "200ms", "--duration", "1300ms", "--clients", "2"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var line strings.Builder
+	if _, err := measure(t.Context(), &o, io.Discard, &line); err != nil {
+		t.Fatal(err)
+	}
+	shown := strings.Split(line.String(), "\r\x1b[K")
+	if last := len(shown) - 1; last < 3 || shown[1] != "  warming up" || !strings.HasPrefix(shown[last-1], "     1 s ") ||
+		!strings.Contains(shown[last-1], "p99") || shown[last] != "" {
+		t.Errorf("%q", shown)
+	}
+}
+
 // A stall of half a second is one slow request to the closed loop, and hundreds
 // to the open one: all that were due meanwhile (coordinated omission).
 func TestStallOpenAndClosed(t *testing.T) {
