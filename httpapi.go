@@ -34,7 +34,7 @@ type backend interface {
 	// sync waits until the local state is as fresh as o asks for, and
 	// refuses a revision that cannot be read.
 	sync(ctx context.Context, o readOptions) error
-	get(ctx context.Context, key string, o readOptions) (kv.Entry, int64, error) // the entry, the store revision; errKeyNotFound
+	get(ctx context.Context, key string, o readOptions) (kv.Entry, int64, error) // the entry, the revision that the read shows; errKeyNotFound
 	// read calls f with the store as o asks for it. Without whole, f holds up
 	// the writers and must be short: a page. With whole it may take its
 	// time, on a copy-on-write clone.

@@ -208,3 +208,25 @@ func TestInflightBoundsTheReplayWindow(t *testing.T) {
 		t.Fatal("take must give a batch exactly once")
 	}
 }
+
+// Every answer names the revision that it shows, in lists and for single keys.
+func TestReadOfTheRevisionNamesIt(t *testing.T) {
+	c := newCluster(t, 1, nil)
+	n := c.leader()
+	n.mustPut("k", "v1")
+	n.mustPut("k", "v2")
+	e, rev, err := n.store.get(c.ctx(), "k", readOptions{revision: 1})
+	if err != nil || string(e.Value) != "v1" || rev != 1 {
+		t.Errorf("%q, revision %d, %v; want v1 and revision 1", e.Value, rev, err)
+	}
+	if _, rev, err = n.store.get(c.ctx(), "other", readOptions{revision: 1}); !errors.Is(err, errKeyNotFound) || rev != 1 {
+		t.Errorf("an absent key: revision %d, %v; want revision 1", rev, err)
+	}
+	err = n.store.read(c.ctx(), readOptions{revision: 1}, false, func(v *kv.View) error {
+		rev = v.Revision()
+		return nil
+	})
+	if err != nil || rev != 1 {
+		t.Errorf("a list: revision %d, %v; want revision 1", rev, err)
+	}
+}

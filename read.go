@@ -267,15 +267,14 @@ func (s *kvstore) get(ctx context.Context, key string, o readOptions) (kv.Entry,
 func (s *kvstore) getAt(key string, revision int64) (kv.Entry, int64, error) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	rev := s.mu.state.Revision()
 	v, err := s.view(s.mu.state, revision)
 	if err != nil {
-		return kv.Entry{}, rev, err
+		return kv.Entry{}, 0, err
 	}
 	if e, ok := v.Get(key); ok {
-		return e, rev, nil
+		return e, revision, nil
 	}
-	return kv.Entry{}, rev, errKeyNotFound
+	return kv.Entry{}, revision, errKeyNotFound
 }
 
 // view names the revisions that a refusal is about.
