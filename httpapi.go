@@ -594,6 +594,9 @@ func (c *apiCall) serveHealth() error {
 	}
 	switch c.route {
 	case routeMetrics:
+		if err := c.parseOptions(0); err != nil {
+			return err
+		}
 		rec := statusRecorder{ResponseWriter: c.w}
 		c.api.metrics.ServeHTTP(&rec, c.r)
 		c.status = rec.status

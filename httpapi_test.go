@@ -569,7 +569,7 @@ func refusedOptionRows() []contractRow {
 		"GET /k?nonsense", "GET /k?nonsense=1", "GET /k?Timeout=1s", "GET /k?nonsense%zz", "GET /k?timeout=%zz",
 		"PUT /k?consistency=stale", "PUT /k?min_revision=1", "PUT /k?force=true", "GET /k?verbose", "DELETE /v1/kv/k?force=true",
 		"DELETE /3?force", "DELETE /3?force=yes", "DELETE /3?prefix=a", "DELETE /3?consistency=stale", "POST /4?force=true",
-		"GET /v1/members?x=1", "GET /v1/status?verbose", "GET /livez?verbose=maybe", "GET /readyz?exclude=disk", "POST /v1/leader?force=true",
+		"GET /v1/members?x=1", "GET /v1/status?verbose", "GET /metrics?x=1", "GET /metrics?name[]=up", "GET /livez?verbose=maybe", "GET /readyz?exclude=disk", "POST /v1/leader?force=true",
 	} {
 		method, target, _ := strings.Cut(call, " ")
 		_, query, _ := strings.Cut(target, "?")
