@@ -660,6 +660,9 @@ func (row *contractRow) check(t *testing.T, a answer, calls []string) {
 			t.Errorf("error Content-Type %q", got)
 		}
 	}
+	if row.code != "" && !slices.Equal(a.header.Values("Vary"), []string{"Accept"}) {
+		t.Errorf("Vary %q: the form of an error depends on Accept", a.header.Values("Vary"))
+	}
 	if got := strings.Join(calls, "; "); got != row.call {
 		t.Errorf("backend calls %q, want %q", short([]byte(got)), short([]byte(row.call)))
 	}

@@ -201,6 +201,7 @@ func (c *apiCall) writeProblem(p *api.Error, ref *httpRefusal) {
 		p.Leader = c.api.b.leader()
 	}
 	c.safetyHeaders()
+	h["Vary"] = headerAccept
 	if asJSON, _ := c.accepts(); asJSON {
 		h["Content-Type"] = headerProblemJSON
 		c.writeHeader(p.Status)
