@@ -539,11 +539,10 @@ func refusedOptionRows() []contractRow {
 		name, _, _ := strings.Cut(header, ":")
 		for _, call := range calls {
 			method, target, _ := strings.Cut(call, " ")
-			text := name
 			if method == "HEAD" {
 				continue // its answer has no text
 			}
-			refused(method, target, header+"\r\n", http.CanonicalHeaderKey(text))
+			refused(method, target, header+"\r\n", name)
 		}
 	}
 	for option, calls := range map[string][]string{

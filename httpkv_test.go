@@ -114,10 +114,10 @@ func TestRefusedKeyOptions(t *testing.T) {
 	for _, row := range []struct{ call, headers, named string }{
 		{"PUT /k?ttl=0s", "", "ttl"}, {"PUT /k?ttl=-1s", "", "ttl"}, {"PUT /k?ttl=999ms", "", "ttl"}, {"PUT /k?ttl=87600h", "", "ttl"},
 		{"PUT /k?ttl=30", "", "ttl"}, {"PUT /k?ttl=1.0000001s", "", "ttl"}, {"PUT /k?ttl=", "", "ttl"}, {"PUT /k?ttl=10y", "", "ttl"},
-		{"PUT /k?lease=0", "", "lease"}, {"PUT /k?lease=-7", "", "lease"}, {"PUT /k?lease=x", "", "lease"}, {"PUT /k?lease=9223372036854775808", "", "lease"},
+		{"PUT /k?lease=0", "", "lease"}, {"PUT /k?lease=-7", "", "lease"}, {"PUT /k?lease=x", "", "lease"}, {"PUT /k?lease=07", "", "lease"}, {"PUT /k?lease=9223372036854775808", "", "lease"},
 		{"PUT /k?ttl=1s&lease=7", "", "ttl and lease"}, {"PUT /k?ttl=1s&ttl=1s", "", "ttl"},
 		{"PUT /k", "If-Match: 17", "If-Match"}, {"PUT /k", `If-Match: W/"17"`, "weak"}, {"PUT /k", `If-Match: "x"`, "If-Match"},
-		{"PUT /k", `If-Match: "0"`, "If-Match"}, {"PUT /k", `If-Match: "-1"`, "If-Match"}, {"PUT /k", `If-Match: ""`, "If-Match"},
+		{"PUT /k", `If-Match: "0"`, "If-Match"}, {"PUT /k", `If-Match: "-1"`, "If-Match"}, {"PUT /k", `If-Match: ""`, "If-Match"}, {"PUT /k", `If-Match: "017"`, `"\"017\""`},
 		{"PUT /k", `If-Match: "17",`, "If-Match"}, {"PUT /k", `If-Match:`, "If-Match"}, {"PUT /k", `If-Match: *, "17"`, "If-Match"},
 		{"PUT /k", "If-Match: *\nIf-Match: *", "If-Match"}, {"PUT /k", "If-Match: " + tags, "16 tags"},
 		{"PUT /k", `If-Match: "9223372036854775808"`, "If-Match"}, {"PUT /k", `If-None-Match: "+1"`, "If-None-Match"},
@@ -125,9 +125,10 @@ func TestRefusedKeyOptions(t *testing.T) {
 		{"PUT /k", "Idempotency-Key:", "Idempotency-Key"}, {"PUT /k", "Idempotency-Key: a b", "Idempotency-Key"}, {"PUT /k", "Idempotency-Key: é", "Idempotency-Key"},
 		{"PUT /k", "Idempotency-Key: " + long, "Idempotency-Key"}, {"PUT /k", "Idempotency-Key: a\nIdempotency-Key: a", "twice"},
 		{"PUT /k", "Prefer: return", "return"}, {"PUT /k", "Prefer: return=all", "return"}, {"PUT /k", "Prefer: return=minimal, return=representation", "twice"},
-		{"PUT /k", "Prefer: ", "Prefer"},
+		{"PUT /k", "Prefer: ", "Prefer"}, {"PUT /k", "Prefer: wait=999", "none of this call"}, {"GET /k", "Prefer: return=all", "none of this call"},
 		{"GET /k", "Prefer: wait=30", "If-None-Match"}, {"GET /k", "If-None-Match: \"1\"\nPrefer: wait=x", "wait"}, {"GET /k", "If-None-Match: \"1\"\nPrefer: wait=61", "wait"},
 		{"GET /k?revision=1", "If-None-Match: \"1\"\nPrefer: wait=1", "never changes"}, {"GET /k", `If-None-Match: x`, "If-None-Match"},
+		{"GET /k", `If-None-Match: "00"`, "If-None-Match"}, {"GET /k?min_revision=01", "", "min_revision"},
 	} {
 		method, target, _ := strings.Cut(row.call, " ")
 		headers := "Accept: application/json\r\n"
@@ -436,7 +437,7 @@ func TestEntryJSONIsReadBack(t *testing.T) {
 }
 
 func FuzzETags(f *testing.F) {
-	for _, s := range []string{`*`, `"17"`, `W/"17"`, `"1", "2"`, `"0"`, `""`, `,`, `"1`, `"9223372036854775807"`, "\"1\"\n\"2\""} {
+	for _, s := range []string{`*`, `"17"`, `W/"17"`, `"1", "2"`, `"0"`, `"017"`, `""`, `,`, `"1`, `"9223372036854775807"`, "\"1\"\n\"2\""} {
 		f.Add(s, false)
 		f.Add(s, true)
 	}
@@ -453,6 +454,11 @@ func FuzzETags(f *testing.F) {
 			c := kv.Command{Op: kv.OpDelete, Key: "k", If: p}
 			if err := kv.DecodeBatch(kv.AppendBatch(nil, 0, 0, 0, kv.AppendCommand(nil, &c)), &batch); err != nil {
 				t.Fatalf("%q: the log refuses %+v: %v", text, p, err)
+			}
+			for _, revision := range p.Revisions { // tags are opaque: no other spelling is the same tag
+				if !strings.Contains(text, `"`+strconv.FormatInt(revision, 10)+`"`) {
+					t.Fatalf("%q: made up %d", text, revision)
+				}
 			}
 			if len(p.Revisions) > strings.Count(text, `"`)/2 || (p.Kind == kv.CheckExists || p.Kind == kv.CheckAbsent) != (strings.TrimSpace(text) == "*") {
 				t.Fatalf("%q: %+v", text, p)

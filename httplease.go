@@ -41,9 +41,6 @@ func (c *apiCall) serveLeases(arg string) error {
 
 // parseLeaseID takes `[1-9][0-9]*` up to 63 bits.
 func parseLeaseID(s string) (int64, bool) {
-	if s == "" || s[0] == '0' {
-		return 0, false
-	}
 	return parseNumber(s, 1, 1<<63-1)
 }
 

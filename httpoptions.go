@@ -114,13 +114,15 @@ const (
 
 // headerOptions are the headers that change what a call does.
 var headerOptions = [...]struct {
-	name string // in canonical form
-	opts optionSet
+	name  string // as its standard spells it, for errors
+	inMap string // as net/http does
+	opts  optionSet
 }{
-	{"If-Match", optIfMatch}, {"If-None-Match", optIfNoneMatch}, {"Idempotency-Key", optIdempotency},
-	{"Prefer", optPreferWait | optPreferEcho}, {"Last-Event-Id", optLastEventID},
+	{"If-Match", "If-Match", optIfMatch}, {"If-None-Match", "If-None-Match", optIfNoneMatch},
+	{"Idempotency-Key", "Idempotency-Key", optIdempotency}, {"Prefer", "Prefer", optPreferWait | optPreferEcho},
+	{"Last-Event-ID", "Last-Event-Id", optLastEventID},
 	// Never served. Ignoring a precondition would be worse than refusing it.
-	{"If-Unmodified-Since", 0}, {"If-Range", 0},
+	{"If-Unmodified-Since", "If-Unmodified-Since", 0}, {"If-Range", "If-Range", 0},
 }
 
 // parseOptions reads the query and the headers, and refuses every one that this
@@ -128,7 +130,7 @@ var headerOptions = [...]struct {
 func (c *apiCall) parseOptions(takes optionSet) error {
 	for i := range headerOptions {
 		ho := &headerOptions[i]
-		values := c.r.Header[ho.name]
+		values := c.r.Header[ho.inMap]
 		if values == nil {
 			continue
 		}
@@ -333,9 +335,10 @@ func (c *apiCall) parseRangeOption(takes optionSet, name, value string, flag fun
 	return opt, want
 }
 
-// parseNumber reads a decimal number without sign.
+// parseNumber reads a decimal number without sign or leading zeros: what two
+// texts mean is the same only where the texts are, as entity tags need.
 func parseNumber(s string, least, most int64) (int64, bool) {
-	if s == "" || s[0] < '0' || s[0] > '9' {
+	if s == "" || s[0] < '0' || s[0] > '9' || s[0] == '0' && len(s) > 1 {
 		return 0, false
 	}
 	n, err := strconv.ParseInt(s, 10, 64)
@@ -372,7 +375,7 @@ func (c *apiCall) parseHeader(takes optionSet, name string, values []string) err
 		}
 		o.given |= optIdempotency
 		o.idempotency = values[0]
-	case "Last-Event-Id":
+	case "Last-Event-ID":
 		n, ok := parseNumber(values[0], 0, math.MaxInt64-1)
 		if !ok {
 			return bad(quoteShort(values[0]) + " is no revision; send the id of the last event that arrived")
@@ -401,23 +404,27 @@ func (c *apiCall) parsePreference(takes optionSet, item string) error {
 	switch name {
 	case "wait":
 		opt = optPreferWait
-		n, ok := parseNumber(value, 0, maxWaitSeconds)
-		if !ok {
-			return bad("want seconds, 0 to " + strconv.Itoa(maxWaitSeconds))
-		}
-		c.opt.wait = time.Duration(n) * time.Second
 	case "return":
 		opt = optPreferEcho
-		c.opt.echo = value == "representation"
-		if !c.opt.echo && value != "minimal" {
-			return bad("want return=representation or return=minimal")
-		}
 	}
 	switch {
 	case takes&opt == 0:
 		return bad("is none of this call")
 	case c.opt.has(opt):
 		return bad("is given twice")
+	}
+	switch opt {
+	case optPreferWait:
+		n, ok := parseNumber(value, 0, maxWaitSeconds)
+		if !ok {
+			return bad("want seconds, 0 to " + strconv.Itoa(maxWaitSeconds))
+		}
+		c.opt.wait = time.Duration(n) * time.Second
+	case optPreferEcho:
+		c.opt.echo = value == "representation"
+		if !c.opt.echo && value != "minimal" {
+			return bad("want return=representation or return=minimal")
+		}
 	}
 	c.opt.given |= opt
 	return nil
