@@ -80,6 +80,8 @@ type raftNode struct {
 	now           soft              // as of the last Ready
 	stable        uint64            // last entry on this disk
 	committedTerm uint64            // term of the last entry published
+	appended      bool              // by a leader, since the last own batch was forwarded
+	savedAt       uint64            // tick of the last append to this log
 	unsaved       bool              // an append or a snapshot was stepped and is not on disk yet
 	later         []*raftpb.Message // heartbeats that wait for that
 	readSent      uint64            // highest read context sent in this term
@@ -315,6 +317,11 @@ func (n *raftNode) step(m *raftpb.Message) {
 			return
 		}
 	}
+	n.give(m)
+}
+
+// give is step without the checks.
+func (n *raftNode) give(m *raftpb.Message) {
 	err := n.raw.Step(m)
 	switch {
 	case err == nil:
@@ -429,30 +436,87 @@ func (n *raftNode) observe(rd raft.Ready) {
 	}
 }
 
-// sort splits the messages of a Ready, and keeps only the last of several
-// acknowledgements to the same leader: it covers the others.
+// sort splits the messages of a Ready, and joins what one turn of the loop has to
+// say to the same peer: each message costs both ends a system call or two, and
+// raft makes one for every proposal, commit and read.
 func (n *raftNode) sort(ms []*raftpb.Message) (early, late []*raftpb.Message) {
-	for i, m := range ms {
+	for _, m := range ms {
 		switch m.GetType() {
 		case raftpb.MsgAppResp:
-			if !m.GetReject() && slices.ContainsFunc(ms[i+1:], func(o *raftpb.Message) bool {
-				return o.GetType() == raftpb.MsgAppResp && o.GetTo() == m.GetTo() && o.GetTerm() == m.GetTerm() && !o.GetReject() && o.GetIndex() >= m.GetIndex()
-			}) {
-				continue
-			}
-			late = append(late, m)
+			late = joinAcks(late, m)
 		case raftpb.MsgVoteResp, raftpb.MsgPreVoteResp:
 			late = append(late, m)
 		case raftpb.MsgHeartbeat:
 			if c := m.GetContext(); len(c) == 8 {
 				n.readSent = max(n.readSent, binary.LittleEndian.Uint64(c))
 			}
-			early = append(early, m)
+			early = joinHeartbeats(early, m)
+		case raftpb.MsgHeartbeatResp:
+			early = joinHeartbeats(early, m)
+		case raftpb.MsgApp:
+			early = joinAppends(early, m)
 		default:
 			early = append(early, m)
 		}
 	}
 	return early, late
+}
+
+// lastTo finds the last message of m's type to m's receiver, in m's term; -1: none.
+func lastTo(ms []*raftpb.Message, m *raftpb.Message) int {
+	for i := len(ms) - 1; i >= 0; i-- {
+		if ms[i].GetTo() == m.GetTo() && ms[i].GetType() == m.GetType() && ms[i].GetTerm() == m.GetTerm() {
+			return i
+		}
+	}
+	return -1
+}
+
+// joinAcks: the acknowledgement of a later entry covers those of earlier ones.
+func joinAcks(ms []*raftpb.Message, m *raftpb.Message) []*raftpb.Message {
+	if i := lastTo(ms, m); i >= 0 && !m.GetReject() && !ms[i].GetReject() && ms[i].GetIndex() <= m.GetIndex() {
+		ms[i] = m
+		return ms
+	}
+	return append(ms, m)
+}
+
+// joinHeartbeats: contexts count up, and the answer to a later one confirms all
+// reads before it.
+func joinHeartbeats(ms []*raftpb.Message, m *raftpb.Message) []*raftpb.Message {
+	if i := lastTo(ms, m); i >= 0 && (len(m.GetContext()) != 0 || len(ms[i].GetContext()) == 0) {
+		ms[i] = m
+		return ms
+	}
+	return append(ms, m)
+}
+
+// joinAppends puts m's entries behind those of the append before it, if they
+// follow without a gap.
+func joinAppends(ms []*raftpb.Message, m *raftpb.Message) []*raftpb.Message {
+	i := lastTo(ms, m)
+	if i < 0 {
+		return append(ms, m)
+	}
+	before := ms[i]
+	ents := before.GetEntries()
+	if before.GetIndex()+uint64(len(ents)) != m.GetIndex() || len(ents) > 0 && len(m.GetEntries()) > 0 && entryBytes(ents)+entryBytes(m.GetEntries()) > maxMessageBytes {
+		return append(ms, m)
+	}
+	if len(ents) == 0 {
+		ms[i] = m
+	} else {
+		before.Entries = slices.Concat(ents, m.GetEntries()) // raft's own slice is not ours to extend
+		before.Commit = m.Commit
+	}
+	return ms
+}
+
+func entryBytes(ents []*raftpb.Entry) (size int) {
+	for _, e := range ents {
+		size += len(e.GetData())
+	}
+	return size
 }
 
 func (n *raftNode) send(ms []*raftpb.Message) {
@@ -497,6 +561,8 @@ func (n *raftNode) persist(rd raft.Ready) error {
 		}
 	}
 	if len(rd.Entries) > 0 {
+		n.appended = true
+		n.savedAt = n.ticks
 		if err := n.mem.Append(rd.Entries); err != nil {
 			return err
 		}

@@ -46,7 +46,7 @@ func (n *raftNode) proposeConf() {
 	for len(n.confQueue) > 0 && n.confQueue[0].ctx.Err() != nil {
 		n.confQueue = n.confQueue[1:]
 	}
-	if len(n.confQueue) == 0 || !n.mayPropose() {
+	if len(n.confQueue) == 0 || !n.hasLeader() {
 		return
 	}
 	c := n.confQueue[0]
