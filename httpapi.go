@@ -141,6 +141,7 @@ type httpAPI struct {
 	buffers sync.Pool // of *[]byte, for bodies
 
 	exports, imports atomic.Int64 // under way
+	deadlines        sharedDeadlines
 }
 
 // newHTTPAPI serves b within l; gather is what /metrics shows.

@@ -2,12 +2,14 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"io"
 	"net/http"
 	"os"
 	"strconv"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
@@ -219,4 +221,37 @@ func (c *apiCall) writeEntry(e *kv.Entry, revision int64) {
 	c.safetyHeaders()
 	c.writeHeader(http.StatusOK)
 	_, _ = c.w.Write(e.Value) // an error here means that the client left
+}
+
+// bounded is the context of a call that waits on the store. A request that nobody
+// can cancel, as on the short path, shares its context with those that began in
+// the same moment: a timer for each costs as much as a read.
+func (c *apiCall) bounded() (context.Context, context.CancelFunc) {
+	if c.r.Context() == context.Background() && !c.opt.has(optTimeout) {
+		return c.api.deadlines.at(c.deadline), func() {}
+	}
+	return context.WithDeadline(c.r.Context(), c.deadline)
+}
+
+// sharedDeadlines hands out contexts that end at a deadline or a little later.
+type sharedDeadlines struct {
+	last atomic.Pointer[sharedDeadline]
+}
+
+type sharedDeadline struct {
+	context.Context
+	cancel context.CancelFunc // never called: the deadline ends it
+	until  time.Time
+}
+
+const deadlineSlack = 50 * time.Millisecond
+
+func (s *sharedDeadlines) at(deadline time.Time) context.Context {
+	d := s.last.Load()
+	if d == nil || d.until.Before(deadline) || d.until.Sub(deadline) > deadlineSlack {
+		d = &sharedDeadline{until: deadline.Add(deadlineSlack)}
+		d.Context, d.cancel = context.WithDeadline(context.Background(), d.until)
+		s.last.Store(d)
+	}
+	return d.Context
 }

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
@@ -107,7 +106,7 @@ func (c *apiCall) lookUp(key string) (kv.Entry, int64, error) {
 		return kv.Entry{}, 0, err
 	}
 	defer c.release()
-	ctx, cancel := context.WithDeadline(c.r.Context(), c.deadline)
+	ctx, cancel := c.bounded()
 	defer cancel()
 	return c.api.b.get(ctx, key, c.read)
 }
@@ -264,7 +263,7 @@ func (c *apiCall) proposeInSlot(command kv.Command) (kv.Result, error) {
 // refusal of the state machine into the error that answers it. The caller
 // holds a slot. Headers that every answer to the command carries are set then.
 func (c *apiCall) propose(command kv.Command) (kv.Result, error) {
-	ctx, cancel := context.WithDeadline(c.r.Context(), c.deadline)
+	ctx, cancel := c.bounded()
 	defer cancel()
 	if command.Wall == 0 && (command.TTL != 0 || command.Lease != 0 || command.Op == kv.OpTxn && grantsLeases(command.Txn)) {
 		command.Wall = time.Now().UnixMilli()

@@ -35,7 +35,8 @@ type server struct {
 	tr    *rafthttp.Transport
 
 	clientListener, peerListener, debugListener net.Listener
-	client, peer                                *http.Server
+	client                                      *clientServer
+	peer                                        *http.Server
 }
 
 // newServer opens the ports and the data directory and brings the member's
@@ -97,7 +98,7 @@ func newServer(ctx context.Context, cfg Config, log *zap.Logger) (_ *server, err
 		DefaultTimeout: cfg.DefaultTimeout, MaxTimeout: cfg.MaxTimeout, MaxConns: cfg.MaxConns,
 		MaxExports: maxExports, MaxTxnBytes: maxTxnBytes}
 	api := newHTTPAPI(s.store, l, newHTTPMetrics(reg), prometheus.Gatherers{prometheus.DefaultGatherer, reg}, log)
-	s.client = newHTTPServer(api, log)
+	s.client = newClientServer(api, log)
 	s.peer = &http.Server{Handler: s.node.peerHandler(s.tr.Handler()), ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute,
 		MaxHeaderBytes: 64 << 10, ErrorLog: newServerLog(log)}
 	return s, nil
