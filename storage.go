@@ -68,6 +68,7 @@ type diskStore struct {
 	wal  *wal.WAL
 	meta []byte // the log's metadata, encoded
 
+	ahead    zeroAhead
 	mark     *os.File // the file synced
 	marked   syncMark // what it holds
 	recorded []uint64 // snapshots that the log vouches for, oldest first
@@ -176,7 +177,8 @@ func (d *diskStore) clean() error {
 			return err
 		}
 	}
-	for _, pattern := range []string{"snap/*.tmp", "snap/tmp*", "wal.new", "wal.new.tmp", "wal.old", "boots.tmp", "removed.tmp"} {
+	for _, pattern := range []string{"snap/*.tmp", "snap/tmp*", "wal.new", "wal.new.tmp", "wal.old", "boots.tmp", "removed.tmp",
+		"wal/*.tmp"} { // the wal package would write over one that a crash left, and leave its end
 		names, err := filepath.Glob(filepath.Join(d.dir, pattern))
 		if err != nil {
 			return err
@@ -381,7 +383,7 @@ func (d *diskStore) openLog(start *walpb.Snapshot, r *recovered) error {
 			if err := json.Unmarshal(meta, &r.meta); err != nil || r.meta.Version != 1 {
 				return fmt.Errorf("%w: the log in %s was not written by this program or by a newer one (metadata %.80q)", errRefuse, d.walDir(), meta)
 			}
-			return nil
+			return d.ahead.attach(d.walDir())
 		}
 		if cerr := w.Close(); cerr != nil {
 			d.log.Debug("close log", zap.Error(cerr))
@@ -565,7 +567,10 @@ func (d *diskStore) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
 		m.term, m.index = last.GetTerm(), last.GetIndex()
 	}
 	if err == nil {
-		err = d.wal.Save(hs, ents)
+		err = d.ahead.prepare(ents)
+	}
+	if err == nil {
+		err = errors.Join(d.wal.Save(hs, ents), d.ahead.follow())
 	}
 	if err == nil {
 		err = d.setMark(m) // Save synced: the term, the vote or the entries are new, or m is as before
@@ -580,6 +585,7 @@ func (d *diskStore) saveSnapshot(m *raftpb.SnapshotMetadata) error {
 	if err := d.wal.SaveSnapshot(walSnapshot(m)); err != nil {
 		return fmt.Errorf("%w: write log: %w", errDurability, err)
 	}
+	d.ahead.end += int64(proto.Size(m)) + saveOverhead
 	d.recorded = append(d.recorded, m.GetIndex())
 	return nil
 }
@@ -620,6 +626,9 @@ func (d *diskStore) install(m *raftpb.SnapshotMetadata, hs *raftpb.HardState, en
 		return err
 	}
 	if _, _, _, err := d.wal.ReadAll(); err != nil {
+		return err
+	}
+	if err := d.ahead.attach(d.walDir()); err != nil {
 		return err
 	}
 	d.recorded = []uint64{m.GetIndex()}
@@ -744,6 +753,7 @@ func (d *diskStore) close() error {
 	if d.wal != nil {
 		err = d.wal.Close()
 	}
+	err = errors.Join(err, d.ahead.close())
 	if d.mark != nil {
 		err = errors.Join(err, d.mark.Close())
 	}
