@@ -91,15 +91,15 @@ func (z *zeroAhead) prepare(ents []*raftpb.Entry) error {
 	if grows > zeroMargin {
 		return nil // such writes are few, and zeros would double them
 	}
-	z.done = max(z.written(), (z.end+4095)&^4095)
-	n := min(zeroStretch, z.size-z.done)
+	start := max(z.written(), (z.end+4095)&^4095)
+	n := min(zeroStretch, z.size-start)
 	if n <= 0 {
 		return nil
 	}
-	if _, err := z.f.WriteAt(zeroBytes[:n], z.done); err != nil {
+	if _, err := z.f.WriteAt(zeroBytes[:n], start); err != nil {
 		return fmt.Errorf("write ahead of the log: %w", err)
 	}
-	z.done += n
+	z.done = start + n
 	return nil
 }
 
