@@ -42,17 +42,20 @@ type checker struct {
 func (c *checker) items() error {
 	s, t := c.s, &c.t
 	var err error
-	s.items.Scan(func(key, rec string) bool {
-		if err = c.item(key, rec); err != nil {
+	s.items.ascend("", func(rec string, h head) bool {
+		if err = c.item(rec, h); err != nil {
 			err = fmt.Errorf("entry %d: %w", t.count, err)
 		}
 		return err == nil
 	})
+	if err == nil {
+		err = s.items.check()
+	}
 	switch {
 	case err != nil:
 		return err
-	case t.count != uint64(s.items.Len()):
-		return fmt.Errorf("the tree says %d and holds %d", s.items.Len(), t.count)
+	case t.count != uint64(s.items.len()):
+		return fmt.Errorf("the tree says %d and holds %d", s.items.len(), t.count)
 	case t.bytes != uint64(s.bytes):
 		return fmt.Errorf("the state says %d bytes and holds %d", s.bytes, t.bytes)
 	case t.sum != s.sum:
@@ -63,16 +66,13 @@ func (c *checker) items() error {
 	return nil
 }
 
-func (c *checker) item(key, rec string) error {
-	h, err := parseHead(bytesOf(rec))
-	if err != nil {
-		return err
+func (c *checker) item(rec string, h head) error {
+	key := keyAt(itemOf(rec))
+	if keyOf(rec, h) != key {
+		return fmt.Errorf("the record of key %q is found as that of %q", keyOf(rec, h), key)
 	}
 	if err := c.t.add(bytesOf(key), h); err != nil {
 		return err
-	}
-	if h.recordSize() != uint64(len(rec)) || keyOf(rec, h) != key {
-		return fmt.Errorf("the record under key %q is of another key or size", key)
 	}
 	c.t.sum += recordHash(rec, h)
 	if h.mod > c.s.history.compacted {
@@ -143,7 +143,7 @@ func (c *checker) history() error {
 			key := e.key()
 			next, ok := present[key]
 			if !ok {
-				next, _ = s.items.Get(key)
+				next, _, _ = s.items.get(key)
 			}
 			if next != e.next {
 				return fmt.Errorf("revision %d: key %q does not lead to what is there since", e.revision, key)

@@ -209,7 +209,7 @@ func (s *State) loadHistory(events []loadedEvent) error {
 		}
 		next, ok := present[key]
 		if !ok {
-			next, _ = s.items.Get(key)
+			next, _, _ = s.items.get(key)
 		}
 		if err := follows(e.revision, e.deleted, e.prev, next); err != nil {
 			return fmt.Errorf("revision %d: key %q: %w", e.revision, key, err)

@@ -99,7 +99,7 @@ func TestHistorySharesMemory(t *testing.T) {
 		last = e.next
 		return true
 	})
-	if rec, _ := s.items.Get("a"); unsafe.StringData(rec) != unsafe.StringData(last) {
+	if rec, _, _ := s.items.get("a"); unsafe.StringData(rec) != unsafe.StringData(last) {
 		t.Error("the item has its own memory")
 	}
 }

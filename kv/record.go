@@ -26,6 +26,12 @@ import (
 // In memory it is an immutable string. That one allocation holds no pointer,
 // so the garbage collector marks it and never looks inside, and small numbers
 // take one byte each. An entry has exactly one encoding: the hash relies on it.
+//
+// In front of the string, in the same allocation, the size of the head (a byte)
+// and the length of the key (two bytes) are once more, fixed in place: a look at
+// a pointer to the record gives its key (keyAt), which is what itemTree searches by.
+
+const frontSize = 3
 
 // maxHeadSize bounds what precedes the key: seven uvarints.
 const maxHeadSize = 7 * binary.MaxVarintLen64
@@ -96,14 +102,29 @@ func newRecord(h head, key string, value []byte) string {
 	}
 	f = binary.AppendUvarint(f, uint64(h.keyLen))
 	f = binary.AppendUvarint(f, uint64(h.valueLen))
-	// A Builder that has grown once hands out its buffer without a copy, and
-	// unlike make it does not clear memory that is about to be written.
-	var b strings.Builder
-	b.Grow(h.size + h.keyLen + h.valueLen)
+	b := frontOf(h)
 	b.Write(f)
 	b.WriteString(key)
 	b.Write(value)
-	return b.String()
+	return b.String()[frontSize:]
+}
+
+// frontOf begins the memory of a record.
+//
+// A Builder that has grown once hands out its buffer without a copy, and
+// unlike make it does not clear memory that is about to be written.
+func frontOf(h head) *strings.Builder {
+	b := new(strings.Builder)
+	b.Grow(frontSize + h.prefix() + h.valueLen)
+	b.Write([]byte{byte(h.size), byte(h.keyLen), byte(h.keyLen >> 8)})
+	return b
+}
+
+// keepRecord returns a copy of an encoded record whose head is h.
+func keepRecord(h head, encoded []byte) string {
+	b := frontOf(h)
+	b.Write(encoded)
+	return b.String()[frontSize:]
 }
 
 // headOf decodes the head of a record that this package has built.
@@ -278,11 +299,29 @@ func uvarintSize(v uint64) int {
 	return n
 }
 
-// bytesOf and stringOf change the type of a run of bytes without copying it.
-// They are the package's only use of unsafe, and sound as long as nobody writes
-// to the bytes: records are never written after they are built, and the data
-// given to DecodeBatch must not be while its batch is in use.
+// What follows is the package's only use of unsafe. bytesOf and stringOf change
+// the type of a run of bytes without copying it. They are sound as long as nobody
+// writes to the bytes: records are never written after they are built, and the
+// data given to DecodeBatch must not be while its batch is in use.
 
 func bytesOf(s string) []byte { return unsafe.Slice(unsafe.StringData(s), len(s)) }
 
 func stringOf(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b)) }
+
+// itemOf, keyAt and recordAt go from a record to a bare pointer and back. They are
+// sound for what newRecord and keepRecord return: the front before it and all that
+// it says lie in one allocation.
+
+func itemOf(rec string) *byte { return unsafe.StringData(rec) }
+
+func keyAt(item *byte) string {
+	p := unsafe.Pointer(item)
+	front := (*[frontSize]byte)(unsafe.Add(p, -frontSize))
+	return unsafe.String((*byte)(unsafe.Add(p, front[0])), int(front[1])|int(front[2])<<8)
+}
+
+func recordAt(item *byte) (string, head) {
+	size := *(*byte)(unsafe.Add(unsafe.Pointer(item), -frontSize))
+	h := headOf(unsafe.String(item, size))
+	return unsafe.String(item, h.recordSize()), h
+}

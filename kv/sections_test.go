@@ -189,7 +189,7 @@ func TestRestoredHistorySharesMemory(t *testing.T) {
 		return true
 	})
 	for key, left := range next {
-		rec, ok := s.items.Get(key)
+		rec, _, ok := s.items.get(key)
 		if ok != (left != nil) || ok && unsafe.StringData(rec) != left {
 			t.Errorf("key %q: another memory than its last event left behind", key)
 		}

@@ -3,8 +3,6 @@ package kv
 import (
 	"fmt"
 	"slices"
-
-	"github.com/tidwall/btree"
 )
 
 // Batch is what one raft log entry carries: commands that are applied one after
@@ -34,15 +32,9 @@ type Entry struct {
 // State is the replicated state at one position of the log. Use NewState or
 // ReadSnapshot; the zero State is not usable.
 type State struct {
-	// items maps a key to its record (record.go). The key is a substring of
-	// its own record, so that an item is one allocation without pointers.
-	//
-	// Rejected, measured at 1M items of 12+128 bytes (this: 208 bytes an item,
-	// one object): a pointer to a struct per item, 245 to 261 bytes in two or
-	// three objects that the garbage collector visits on top; btree.BTreeG
-	// holding the bare record, 185 bytes, but reads take 1.7 times as long, as
-	// it compares through a func that has to find the key first.
-	items *btree.Map[string, string]
+	// items has the records (record.go) in the order of their keys. An item is
+	// one allocation without pointers, and 8 bytes of the tree.
+	items *itemTree
 
 	revision int64  // store revision; 0 for a store that never changed
 	applied  uint64 // raft index of the last applied entry
@@ -62,7 +54,7 @@ type State struct {
 // NewState returns the empty state that every replica starts from.
 func NewState() *State {
 	return &State{
-		items: new(btree.Map[string, string]), leases: newLeases(), once: newOnce(),
+		items: newItemTree(), leases: newLeases(), once: newOnce(),
 		history: history{maxEvents: maxEvents, maxSize: maxEventSize},
 	}
 }
@@ -172,7 +164,8 @@ func (s *State) deleteRange(span Span) Result {
 // keysOf returns the present keys of a span. They are collected before any of
 // them is removed, as a tree must not change while it is walked.
 func (s *State) keysOf(span Span) (keys []string) {
-	s.items.Ascend(span.Start, func(key, _ string) bool {
+	s.items.ascend(span.Start, func(rec string, h head) bool {
+		key := keyOf(rec, h)
 		if !span.Contains(key) {
 			return false
 		}
@@ -225,23 +218,20 @@ func (s *State) meets(c *Command) (Result, bool) {
 // which is yet to become history, and the head of its next record.
 func (s *State) store(key string, value []byte, lease int64) (event, head) {
 	create, version := s.revision, int64(1)
-	old, existed := s.items.Get(key)
+	old, was, existed := s.items.get(key)
 	var prevHash uint64
 	var oldLease int64
 	if existed {
-		h := headOf(old)
-		create, version, oldLease = h.create, h.version+1, h.lease
-		s.bytes -= h.payload()
-		prevHash = recordHash(old, h)
+		create, version, oldLease = was.create, was.version+1, was.lease
+		s.bytes -= was.payload()
+		prevHash = recordHash(old, was)
 		s.sum -= prevHash
 	} else {
 		prevHash = absentHash(key)
 	}
-	// The old key string is not reused: it is part of the old record, and
-	// would pin the old value. Set replaces key and record together.
 	h := newHead(create, s.revision, version, lease, len(key), len(value))
 	rec := newRecord(h, key, value)
-	s.items.Set(keyOf(rec, h), rec)
+	s.items.set(rec)
 	s.bytes += h.payload()
 	s.sum += recordHash(rec, h)
 	if oldLease != 0 || lease != 0 {
@@ -254,11 +244,10 @@ func (s *State) store(key string, value []byte, lease int64) (event, head) {
 // not there. Here the caller may take the revision afterwards, so that a delete
 // looks for its key once.
 func (s *State) remove(key string, revision int64) (event, bool) {
-	old, ok := s.items.Delete(key)
+	old, h, ok := s.items.delete(key)
 	if !ok {
 		return event{}, false
 	}
-	h := headOf(old)
 	s.bytes -= h.payload()
 	prevHash := recordHash(old, h)
 	s.sum -= prevHash
@@ -281,11 +270,11 @@ func (s *State) Revision() int64 { return s.revision }
 
 // Get returns the entry under key.
 func (s *State) Get(key string) (Entry, bool) {
-	rec, ok := s.items.Get(key)
+	rec, h, ok := s.items.get(key)
 	if !ok {
 		return Entry{}, false
 	}
-	return s.entry(rec, headOf(rec)), true
+	return s.entry(rec, h), true
 }
 
 // entry is entryOf with what the state knows of the lease.
@@ -300,18 +289,16 @@ func (s *State) entry(rec string, h head) Entry {
 }
 
 // Len returns the number of keys.
-func (s *State) Len() int { return s.items.Len() }
+func (s *State) Len() int { return s.items.len() }
 
 // Bytes returns the sum of len(key)+len(value) over all entries. What the
-// process needs for them is more: about 70 bytes an entry on top.
+// process needs for them is more: about 35 bytes an entry on top.
 func (s *State) Bytes() int64 { return s.bytes }
 
 // Ascend calls f for each entry whose key is at least from, in byte order of
 // the keys, until f returns false. The state must not be changed meanwhile.
 func (s *State) Ascend(from string, f func(Entry) bool) {
-	s.items.Ascend(from, func(_, rec string) bool {
-		return f(s.entry(rec, headOf(rec)))
-	})
+	s.items.ascend(from, func(rec string, h head) bool { return f(s.entry(rec, h)) })
 }
 
 // Clone returns a copy that is independent of s, in time that does not depend
@@ -322,7 +309,7 @@ func (s *State) Ascend(from string, f func(Entry) bool) {
 // the clone while another writes s, or the other way round.
 func (s *State) Clone() *State {
 	c := *s
-	c.items = s.items.Copy()
+	c.items = s.items.clone()
 	c.windows = slices.Clone(s.windows)
 	c.leases, c.once, c.history = s.leases.clone(), s.once.clone(), s.history.clone()
 	return &c

@@ -406,19 +406,25 @@ func TestHashTellsStatesApart(t *testing.T) {
 // Check finds what no call of the API can bring about.
 func TestCheckFindsDamage(t *testing.T) {
 	replace := func(s *State, key string, h head) {
-		old, _ := s.items.Get(key)
-		s.sum -= recordHash(old, headOf(old))
+		old, was, _ := s.items.get(key)
+		s.sum -= recordHash(old, was)
 		rec := newRecord(h, "b", []byte("22"))
 		s.sum += recordHash(rec, h)
-		s.items.Set(keyOf(rec, h), rec)
+		s.items.set(rec)
 	}
 	for name, damage := range map[string]func(*State){
 		"revision behind":      func(s *State) { s.revision-- },
 		"bytes":                func(s *State) { s.bytes++ },
 		"hash sum":             func(s *State) { s.sum++ },
-		"entry gone":           func(s *State) { s.items.Delete("a") },
-		"key of another entry": func(s *State) { rec, _ := s.items.Get("a"); s.items.Set("b", rec) },
-		"value cut":            func(s *State) { rec, _ := s.items.Get("b"); s.items.Set("b", rec[:len(rec)-1]) },
+		"entry gone":           func(s *State) { s.items.delete("a") },
+		"key of another entry": func(s *State) { s.items.root.items[1] = s.items.root.items[0] },
+		"front of a record": func(s *State) {
+			rec, h, _ := s.items.get("b")
+			h.keyLen++
+			s.items.root.items[1] = itemOf(keepRecord(h, bytesOf(rec)))
+		},
+		"value cut":            func(s *State) { _, h, _ := s.items.get("b"); s.items.set(newRecord(h, "b", []byte("2"))) },
+		"size of a node":       func(s *State) { s.items.root.size++ },
 		"mod twice":            func(s *State) { replace(s, "b", newHead(1, 1, 1, 0, 1, 2)) },
 		"mod beyond the store": func(s *State) { replace(s, "b", newHead(2, 9, 1, 0, 1, 2)) },
 		"create above mod":     func(s *State) { replace(s, "b", newHead(3, 2, 1, 0, 1, 2)) },

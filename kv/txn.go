@@ -116,7 +116,8 @@ func (s *State) readSize(get *TxnOp, before []TxnOp, limit int64) (items int, si
 	from := get.Span.Start
 	for more := true; more; {
 		more = false
-		s.items.Ascend(from, func(key, rec string) bool {
+		s.items.ascend(from, func(rec string, h head) bool {
+			key := keyOf(rec, h)
 			if !get.Span.Contains(key) || items == most || size > limit {
 				return false
 			}
@@ -127,7 +128,7 @@ func (s *State) readSize(get *TxnOp, before []TxnOp, limit int64) (items int, si
 				return false
 			}
 			items++
-			size += get.cost(len(key), headOf(rec).valueLen)
+			size += get.cost(h.keyLen, h.valueLen)
 			return true
 		})
 	}
@@ -200,7 +201,7 @@ func (r *txnRun) op(o *TxnOp) OpResult {
 func (r *txnRun) put(o *TxnOp) OpResult {
 	s := r.s
 	if o.CreateOnly {
-		if _, exists := s.items.Get(o.Key); exists {
+		if _, _, exists := s.items.get(o.Key); exists {
 			r.out.Skipped++
 			return OpResult{Op: o.Op, Existed: true, Skipped: true}
 		}
@@ -219,11 +220,11 @@ func (r *txnRun) put(o *TxnOp) OpResult {
 func (r *txnRun) get(o *TxnOp) OpResult {
 	s, most := r.s, o.most()
 	out := OpResult{Op: o.Op, Count: s.count(o.Span)}
-	s.items.Ascend(o.Span.Start, func(key, rec string) bool {
-		if !o.Span.Contains(key) || len(out.Items) == most {
+	s.items.ascend(o.Span.Start, func(rec string, h head) bool {
+		if !o.Span.Contains(keyOf(rec, h)) || len(out.Items) == most {
 			return false
 		}
-		e := s.entry(rec, headOf(rec))
+		e := s.entry(rec, h)
 		if o.KeysOnly {
 			e.Value = nil
 		}

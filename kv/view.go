@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"sort"
 	"strings"
 )
 
@@ -58,20 +57,18 @@ func (v *View) Revision() int64 { return v.revision }
 // Get returns the entry that was under key. At an older revision it looks
 // through the events since then at most once.
 func (v *View) Get(key string) (Entry, bool) {
-	rec, ok := v.state.items.Get(key)
-	if ok {
+	rec, h, ok := v.state.items.get(key)
+	if ok && h.mod <= v.revision {
 		// What has not changed since the revision was there at it.
-		if h := headOf(rec); h.mod <= v.revision {
-			return v.state.entry(rec, h), true
-		}
+		return v.state.entry(rec, h), true
 	}
 	if v.ready {
 		i, found := v.find(key)
 		return v.entry(v.undo, i, found)
 	}
 	var was []undone
-	h := v.state.History()
-	h.from(v.revision+1, func(e *event) bool {
+	history := v.state.History()
+	history.from(v.revision+1, func(e *event) bool {
 		if e.key() == key {
 			was = append(was, undone{rec: e.prev})
 		}
@@ -144,7 +141,8 @@ func (v *View) ascend(span Span, f func(rec string, h head) bool) {
 		return true
 	}
 	more := true
-	v.state.items.Ascend(span.Start, func(key, rec string) bool {
+	v.state.items.ascend(span.Start, func(rec string, h head) bool {
+		key := keyOf(rec, h)
 		if !span.Contains(key) {
 			return false
 		}
@@ -154,7 +152,7 @@ func (v *View) ascend(span Span, f func(rec string, h head) bool) {
 		if at < len(v.undo) && v.undo[at].key == key {
 			return true // undone, it comes with the next key
 		}
-		more = f(rec, headOf(rec))
+		more = f(rec, h)
 		return more
 	})
 	if more {
@@ -180,10 +178,8 @@ func (v *View) descend(span Span, f func(rec string, h head) bool) {
 		return true
 	}
 	more := true
-	step := func(key, rec string) bool {
-		if key == span.End && span.End != "" {
-			return true // the tree begins with the pivot itself
-		}
+	v.state.items.descend(span.End, func(rec string, h head) bool {
+		key := keyOf(rec, h)
 		if !span.Contains(key) {
 			return false
 		}
@@ -193,14 +189,9 @@ func (v *View) descend(span Span, f func(rec string, h head) bool) {
 		if at > 0 && v.undo[at-1].key == key {
 			return true
 		}
-		more = f(rec, headOf(rec))
+		more = f(rec, h)
 		return more
-	}
-	if span.End == "" {
-		v.state.items.Reverse(step)
-	} else {
-		v.state.items.Descend(span.End, step)
-	}
+	})
 	if more {
 		undoTo("", true)
 	}
@@ -222,20 +213,11 @@ func (s *State) count(span Span) int {
 	if span.Empty() {
 		return 0
 	}
-	end := s.items.Len()
+	end := s.items.len()
 	if span.End != "" {
-		end = s.rank(span.End)
+		end = s.items.rank(span.End)
 	}
-	return end - s.rank(span.Start)
-}
-
-// rank is the number of present keys below key: the tree counts, but only finds
-// an item by its number.
-func (s *State) rank(key string) int {
-	return sort.Search(s.items.Len(), func(i int) bool {
-		k, _, _ := s.items.GetAt(i)
-		return k >= key
-	})
+	return end - s.items.rank(span.Start)
 }
 
 // Query is what List answers.
