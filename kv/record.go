@@ -27,11 +27,11 @@ import (
 // so the garbage collector marks it and never looks inside, and small numbers
 // take one byte each. An entry has exactly one encoding: the hash relies on it.
 //
-// In front of the string, in the same allocation, the size of the head (a byte)
-// and the length of the key (two bytes) are once more, fixed in place: a look at
-// a pointer to the record gives its key (keyAt), which is what itemTree searches by.
+// In front of the string, in the same allocation, are the length of the key and
+// the size of the head once more, 16 bits each: one look at a pointer to the
+// record finds the key (keyAt), which is what itemTree searches by.
 
-const frontSize = 3
+const frontSize = 4
 
 // maxHeadSize bounds what precedes the key: seven uvarints.
 const maxHeadSize = 7 * binary.MaxVarintLen64
@@ -102,27 +102,29 @@ func newRecord(h head, key string, value []byte) string {
 	}
 	f = binary.AppendUvarint(f, uint64(h.keyLen))
 	f = binary.AppendUvarint(f, uint64(h.valueLen))
-	b := frontOf(h)
+	var b strings.Builder
+	h.front(&b)
 	b.Write(f)
 	b.WriteString(key)
 	b.Write(value)
 	return b.String()[frontSize:]
 }
 
-// frontOf begins the memory of a record.
+// front begins the memory of a record.
 //
 // A Builder that has grown once hands out its buffer without a copy, and
 // unlike make it does not clear memory that is about to be written.
-func frontOf(h head) *strings.Builder {
-	b := new(strings.Builder)
+func (h head) front(b *strings.Builder) {
 	b.Grow(frontSize + h.prefix() + h.valueLen)
-	b.Write([]byte{byte(h.size), byte(h.keyLen), byte(h.keyLen >> 8)})
-	return b
+	var f [frontSize]byte
+	binary.LittleEndian.PutUint32(f[:], uint32(h.size)<<16|uint32(h.keyLen))
+	b.Write(f[:])
 }
 
 // keepRecord returns a copy of an encoded record whose head is h.
 func keepRecord(h head, encoded []byte) string {
-	b := frontOf(h)
+	var b strings.Builder
+	h.front(&b)
 	b.Write(encoded)
 	return b.String()[frontSize:]
 }
@@ -315,13 +317,15 @@ func stringOf(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b
 func itemOf(rec string) *byte { return unsafe.StringData(rec) }
 
 func keyAt(item *byte) string {
-	p := unsafe.Pointer(item)
-	front := (*[frontSize]byte)(unsafe.Add(p, -frontSize))
-	return unsafe.String((*byte)(unsafe.Add(p, front[0])), int(front[1])|int(front[2])<<8)
+	front := frontAt(item)
+	return unsafe.String((*byte)(unsafe.Add(unsafe.Pointer(item), front>>16)), front&0xffff)
 }
 
 func recordAt(item *byte) (string, head) {
-	size := *(*byte)(unsafe.Add(unsafe.Pointer(item), -frontSize))
-	h := headOf(unsafe.String(item, size))
+	h := headOf(unsafe.String(item, frontAt(item)>>16))
 	return unsafe.String(item, h.recordSize()), h
+}
+
+func frontAt(item *byte) uint32 {
+	return binary.LittleEndian.Uint32((*[frontSize]byte)(unsafe.Add(unsafe.Pointer(item), -frontSize))[:])
 }
