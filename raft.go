@@ -93,6 +93,9 @@ type raftNode struct {
 	seq           uint64            // of the last own batch
 	lastSeen      map[uint64]uint64 // peer -> tick of its last message
 	sending       map[uint64]uint64 // peer -> index of the snapshot on its way there
+	wanted        uint64            // tick at which a follower last waited for a snapshot
+	trimAgain     uint64            // tick at which to look again for log that can go, 0: none
+	stateBytes    int64             // size of the state in the newest own snapshot
 	leaving       map[uint64]uint64 // removed peer -> tick at which its connections go
 	tended        map[uint64]uint64 // member -> tick of the last housekeeping proposal
 	confQueue     []*confProposal
@@ -142,7 +145,7 @@ func newRaftNode(cfg Config, boot uint64, r *recovered, store logStore, snaps sn
 		members = &membership{ClusterID: r.meta.ClusterID}
 	}
 	n.members.Store(members)
-	n.mem = &raftStorage{MemoryStorage: raft.NewMemoryStorage(), members: n.members.Load, request: n.requestSnapshot}
+	n.mem = &raftStorage{MemoryStorage: raft.NewMemoryStorage(), members: n.members.Load, request: n.wantSnapshot}
 	if r.snap.Index > 0 {
 		if err := n.mem.ApplySnapshot(r.snap.raftSnapshot()); err != nil {
 			return nil, fmt.Errorf("restore snapshot: %w", err)
@@ -150,6 +153,9 @@ func newRaftNode(cfg Config, boot uint64, r *recovered, store logStore, snaps sn
 	}
 	if err := errors.Join(n.mem.SetHardState(r.hard), n.mem.Append(r.entries)); err != nil {
 		return nil, fmt.Errorf("restore log: %w", err)
+	}
+	if r.state != nil {
+		n.stateBytes = r.state.Bytes()
 	}
 	n.stable = r.snap.Index + uint64(len(r.entries))
 	n.replayed = r.hard.GetCommit()
@@ -346,6 +352,9 @@ func (n *raftNode) tick() {
 	n.ticks++
 	n.dropped = false
 	n.raw.Tick()
+	if n.trimDue() {
+		n.trimLog()
+	}
 	n.expire()
 	n.repropose()
 	n.retryReads(false)

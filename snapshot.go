@@ -3,13 +3,16 @@ package main
 import (
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"time"
 
 	"go.etcd.io/etcd/server/v3/etcdserver/api/snap"
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
+	"go.etcd.io/raft/v3/tracker"
 	"go.uber.org/zap"
+	"google.golang.org/protobuf/proto"
 
 	"pontoon/kv"
 )
@@ -20,6 +23,7 @@ import (
 
 type snapDone struct {
 	header snapHeader
+	size   int64 // bytes of the file
 	err    error
 	purge  chan uint64 // the oldest snapshot to keep, 0: all
 }
@@ -37,28 +41,60 @@ type snapshotSource interface {
 // raftStorage is raft's view of the log. Its snapshot is the newest file, not
 // a copy of the state: MemoryStorage deep-copies what it holds, on the raft
 // goroutine.
+//
+// The log in memory is what followers are sent from, and no more: it may begin
+// behind the newest snapshot (compactTo). MemoryStorage's own snapshot is the
+// one that the log began with, so CreateSnapshot must not be called.
 type raftStorage struct {
 	*raft.MemoryStorage
-	members func() *membership
-	request func()
+	newest   *raftpb.Snapshot // metadata of the newest file; nil: none
+	appended int64            // bytes, by logBytes, since the log was last looked at for what can go
+	members  func() *membership
+	request  func()
+}
+
+// logBytes is what an entry costs in memory: its data, and about as much for the
+// entry itself and the numbers that it points to.
+func logBytes(e *raftpb.Entry) int64 { return int64(len(e.GetData())) + 128 }
+
+func (s *raftStorage) Append(ents []*raftpb.Entry) error {
+	for _, e := range ents {
+		s.appended += logBytes(e)
+	}
+	return s.MemoryStorage.Append(ents)
 }
 
 // Snapshot offers the newest file if a follower could use it. A file older than
 // the newest membership change would be refused by a member it does not list
-// (etcd#12473), so another one is asked for; raft tries again at the next heartbeat.
+// (etcd#12473), and one older than the log cannot be continued. Then another one
+// is asked for; raft tries again at the next heartbeat.
 func (s *raftStorage) Snapshot() (*raftpb.Snapshot, error) {
-	sn, err := s.MemoryStorage.Snapshot()
-	if err == nil && sn.GetMetadata().GetIndex() > 0 && sameConf(sn.GetMetadata().GetConfState(), s.members().confState()) {
-		return sn, nil
+	first, err := s.FirstIndex()
+	if m := s.newest.GetMetadata(); err == nil && m.GetIndex() > 0 && m.GetIndex()+1 >= first && sameConf(m.GetConfState(), s.members().confState()) {
+		return proto.Clone(s.newest).(*raftpb.Snapshot), nil
 	}
 	s.request()
 	return nil, raft.ErrSnapshotTemporarilyUnavailable
+}
+
+// ApplySnapshot begins the log anew after a snapshot.
+func (s *raftStorage) ApplySnapshot(sn *raftpb.Snapshot) error {
+	if sn.GetMetadata().GetIndex() > s.newest.GetMetadata().GetIndex() {
+		s.newest = sn
+	}
+	return s.MemoryStorage.ApplySnapshot(sn)
 }
 
 func (h *snapHeader) raftSnapshot() *raftpb.Snapshot {
 	return &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{
 		Index: new(h.Index), Term: new(h.Term), ConfState: h.Members.confState(),
 	}}
+}
+
+// wantSnapshot is called by raft when a follower needs a snapshot that is not there.
+func (n *raftNode) wantSnapshot() {
+	n.wanted = n.ticks
+	n.requestSnapshot()
 }
 
 func (n *raftNode) requestSnapshot() {
@@ -140,15 +176,9 @@ func (n *raftNode) snapshotDone(d snapDone) error {
 	if err := n.store.saveSnapshot(sn.Metadata); err != nil {
 		return err
 	}
-	if _, err := n.mem.CreateSnapshot(index, sn.Metadata.ConfState, nil); err != nil {
-		return fmt.Errorf("snapshot %d: %w", index, err)
-	}
+	n.mem.newest, n.stateBytes = sn, d.size
 	n.progress.snapshot.Store(index)
-	if to := n.compactTo(index); to > 0 {
-		if err := n.mem.Compact(to); err != nil && !errors.Is(err, raft.ErrCompacted) {
-			return fmt.Errorf("compact to %d: %w", to, err)
-		}
-	}
+	n.trimLog()
 	oldest := n.snaps.oldestKept()
 	if oldest > 0 {
 		if err := n.store.release(oldest); err != nil {
@@ -159,31 +189,91 @@ func (n *raftNode) snapshotDone(d snapDone) error {
 	return nil
 }
 
-// compactTo is how far the log in memory may be forgotten after a snapshot at
-// index: some is kept for followers that lag a little, and all of it that a
-// follower needs who is receiving a snapshot right now, up to a bound.
-func (n *raftNode) compactTo(index uint64) uint64 {
-	first, err := n.mem.FirstIndex()
-	if err != nil || index < first {
-		return 0
+// trimEvery is how many bytes the log in memory grows by, at least, between two
+// looks at what of it can go.
+const trimEvery = 4 << 20
+
+// trimPause is how many ticks later log is looked at again that a follower lacked.
+const trimPause = 10
+
+// trimDue is asked at every tick.
+func (n *raftNode) trimDue() bool {
+	return n.mem.appended >= trimEvery || n.trimAgain > 0 && n.ticks >= n.trimAgain
+}
+
+// trimLog forgets log in memory that nobody will need.
+func (n *raftNode) trimLog() {
+	to, more := n.compactTo()
+	if to > 0 {
+		n.warn("forget old log in memory", n.mem.Compact(to))
 	}
-	keepFrom := index
-	for _, sent := range n.sending {
-		keepFrom = min(keepFrom, sent)
+	n.mem.appended, n.trimAgain = 0, 0
+	if more {
+		n.trimAgain = n.ticks + trimPause
 	}
-	ents, err := n.mem.Entries(first, index+1, noLimit)
-	if err != nil {
-		return 0
+}
+
+// compactTo is the last entry that the log in memory can do without; 0: none.
+// more: it could do without later ones but for what followers lack now.
+//
+// It keeps the newest part, for followers that lag a little or are being
+// restarted: CatchUpBytes, or an eighth of the state, as a follower that is sent
+// a snapshot instead costs all of it. What a connected follower lacks is kept up
+// to four times that, and all that follows a snapshot on its way, or one
+// that is being written for a follower, up to maxLogBytesHeld. Whoever needs more
+// gets a snapshot. How old the newest one is does not matter here.
+func (n *raftNode) compactTo() (to uint64, more bool) {
+	first, errFirst := n.mem.FirstIndex()
+	last, errLast := n.mem.LastIndex()
+	ents, err := n.mem.Entries(first, last+1, noLimit)
+	if errors.Join(errFirst, errLast, err) != nil {
+		return 0, false // it is empty
 	}
+	applied := n.raw.BasicStatus().Applied // raft may still hand out what is not
+	snapshots, lag := n.needed()
+	keep := max(n.cfg.CatchUpBytes, n.stateBytes/8)
 	var held int64
 	for _, e := range slices.Backward(ents) {
-		held += int64(len(e.GetData()))
-		if i := e.GetIndex(); held > maxLogBytesHeld || (held > n.cfg.CatchUpBytes && i <= keepFrom) {
-			return i
+		held += logBytes(e)
+		i := e.GetIndex()
+		if held <= keep || i > applied {
+			continue
 		}
+		if held > maxLogBytesHeld || i <= snapshots && (held > 4*keep || i <= lag) {
+			return i, more
+		}
+		more = true
 	}
-	return 0
+	return 0, more
 }
+
+// needed returns the oldest snapshot that a follower is being sent or waits for,
+// and the last entry that all connected followers have.
+func (n *raftNode) needed() (snapshots, lag uint64) {
+	snapshots, lag = math.MaxUint64, math.MaxUint64
+	for _, sent := range n.sending {
+		snapshots = min(snapshots, sent)
+	}
+	if n.wanted > 0 && n.ticks-n.wanted < snapshotPatience {
+		snapshots = min(snapshots, n.mem.newest.GetMetadata().GetIndex())
+	}
+	if n.now.state == raft.StateLeader {
+		n.raw.WithProgress(func(id uint64, _ raft.ProgressType, p tracker.Progress) {
+			switch {
+			case id == n.id || !p.RecentActive:
+			case p.State == tracker.StateSnapshot:
+				snapshots = min(snapshots, p.PendingSnapshot)
+			default:
+				lag = min(lag, p.Match)
+			}
+		})
+	}
+	return snapshots, lag
+}
+
+// snapshotPatience is for how many ticks the log waits for a follower that asked
+// for a snapshot: it asks with each heartbeat that reaches it.
+const snapshotPatience = 30
 
 const noLimit = 1<<64 - 1
 
@@ -223,7 +313,7 @@ func (s *kvstore) snapshot() {
 func (s *kvstore) writeSnapshot(h snapHeader, state *kv.State) {
 	start := time.Now()
 	size, err := s.disk.writeSnapshot(h, state)
-	d := snapDone{header: h, err: err, purge: make(chan uint64, 1)}
+	d := snapDone{header: h, size: size, err: err, purge: make(chan uint64, 1)}
 	select {
 	case s.node.snapDoneC <- d:
 	case <-s.node.doneC:
