@@ -39,7 +39,7 @@ type Config struct {
 
 	SnapshotEntries uint64 // log entries between snapshots, at most
 	SnapshotBytes   int64  // log bytes between snapshots, unless the state is larger
-	CatchUpBytes    int64  // log kept in memory behind a snapshot for slow followers
+	CatchUpBytes    int64  // log kept in memory for slow followers, unless the state is larger (raftNode.compactTo)
 	KeepSnapshots   int    // snapshot files kept, with the log from the oldest on
 
 	MaxKeyBytes   int
@@ -163,7 +163,7 @@ func parseConfig(args []string, getenv func(string) string, out io.Writer) (Conf
 	fs.DurationVar(&c.MaxTimeout, "max-request-timeout", c.MaxTimeout, "the longest deadline that a request may name")
 	fs.Uint64Var(&c.SnapshotEntries, "snapshot-entries", c.SnapshotEntries, "log entries between snapshots, at most")
 	fs.Var((*byteSize)(&c.SnapshotBytes), "snapshot-bytes", "log `size` between snapshots (or the size of the state, if that is larger)")
-	fs.Var((*byteSize)(&c.CatchUpBytes), "catch-up-bytes", "log `size` kept in memory behind a snapshot, for followers that lag")
+	fs.Var((*byteSize)(&c.CatchUpBytes), "catch-up-bytes", "log `size` kept in memory, for followers that lag (or an eighth of the state, if that is larger)")
 	fs.IntVar(&c.KeepSnapshots, "keep-snapshots", c.KeepSnapshots, "snapshot files to keep, with the log from the oldest on; at least 2")
 	fs.Var((*byteSize)(&c.MaxValueBytes), "max-value-bytes", "largest value `size`; larger ones get 413")
 	fs.IntVar(&c.MaxInFlight, "max-in-flight", c.MaxInFlight, "client requests that may wait at once; more get 429")

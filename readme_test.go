@@ -305,7 +305,7 @@ func TestReadmeNames(t *testing.T) {
 			t.Errorf("README.md does not say %q", row)
 		}
 	}
-	if c.MaxTimeout != time.Minute || c.MaxValueBytes != 1<<20 || c.SnapshotBytes+c.CatchUpBytes != 80<<20 || c.KeepSnapshots != 2 {
+	if c.MaxTimeout != time.Minute || c.MaxValueBytes != 1<<20 || c.CatchUpBytes != 16<<20 || c.KeepSnapshots != 2 {
 		t.Error("a default that README.md spells out in words has changed")
 	}
 

@@ -218,10 +218,10 @@ func (n *raftNode) trimLog() {
 //
 // It keeps the newest part, for followers that lag a little or are being
 // restarted: CatchUpBytes, or an eighth of the state, as a follower that is sent
-// a snapshot instead costs all of it. What a connected follower lacks is kept up
-// to four times that, and all that follows a snapshot on its way, or one
-// that is being written for a follower, up to maxLogBytesHeld. Whoever needs more
-// gets a snapshot. How old the newest one is does not matter here.
+// a snapshot instead costs all of it. What a follower lacks that was heard of
+// lately is kept up to four times that, and all that follows a snapshot on its
+// way, or one that is being written for a follower, up to maxLogBytesHeld. Whoever
+// needs more gets a snapshot. How old the newest one is does not matter here.
 func (n *raftNode) compactTo() (to uint64, more bool) {
 	first, errFirst := n.mem.FirstIndex()
 	last, errLast := n.mem.LastIndex()
@@ -248,19 +248,21 @@ func (n *raftNode) compactTo() (to uint64, more bool) {
 }
 
 // needed returns the oldest snapshot that a follower is being sent or waits for,
-// and the last entry that all connected followers have.
+// and the last entry that all followers have that were heard of lately.
 func (n *raftNode) needed() (snapshots, lag uint64) {
 	snapshots, lag = math.MaxUint64, math.MaxUint64
 	for _, sent := range n.sending {
 		snapshots = min(snapshots, sent)
 	}
-	if n.wanted > 0 && n.ticks-n.wanted < snapshotPatience {
+	if n.wanted > 0 && n.ticks-n.wanted <= followerPatience {
 		snapshots = min(snapshots, n.mem.newest.GetMetadata().GetIndex())
 	}
 	if n.now.state == raft.StateLeader {
 		n.raw.WithProgress(func(id uint64, _ raft.ProgressType, p tracker.Progress) {
+			// Not p.RecentActive: raft clears that at each of its own checks.
+			seen, ok := n.lastSeen[id]
 			switch {
-			case id == n.id || !p.RecentActive:
+			case !ok || n.ticks-seen > followerPatience: // this member itself is never seen
 			case p.State == tracker.StateSnapshot:
 				snapshots = min(snapshots, p.PendingSnapshot)
 			default:
@@ -271,9 +273,9 @@ func (n *raftNode) needed() (snapshots, lag uint64) {
 	return snapshots, lag
 }
 
-// snapshotPatience is for how many ticks the log waits for a follower that asked
-// for a snapshot: it asks with each heartbeat that reaches it.
-const snapshotPatience = 30
+// followerPatience is for how many ticks log is kept for a follower that was heard
+// of, or that asked for a snapshot: it does so with each heartbeat that reaches it.
+const followerPatience = 50
 
 const noLimit = 1<<64 - 1
 
