@@ -1,10 +1,11 @@
 package main
 
 import (
-	"runtime"
+	"context"
 	"runtime/debug"
 	"runtime/metrics"
 	"sync"
+	"time"
 )
 
 // How much memory may be allocated between two garbage collections: gcRoom, or
@@ -16,6 +17,7 @@ const (
 	gcRoom         = 64 << 20 // bytes
 	gcShareLoading = 1.0      // nearly all that is allocated at a start stays alive
 	gcShareServing = 0.25
+	gcEvery        = 200 * time.Millisecond
 )
 
 // gcTuner keeps Go's GC percentage such that the above holds. A GOGC in the
@@ -33,14 +35,31 @@ type gcTuner struct {
 }
 
 // tuneGC starts a tuner for this process, in the loading phase.
-func tuneGC(getenv func(string) string) *gcTuner {
+func tuneGC(ctx context.Context, getenv func(string) string) *gcTuner {
 	g := &gcTuner{alive: heapAlive, set: func(percent int) { debug.SetGCPercent(percent) }}
 	g.mu.share = gcShareLoading
 	if getenv("GOGC") == "" {
 		g.tune()
-		g.arm()
+		// goroutine: gc-tuner
+		go g.run(ctx)
 	}
 	return g
+}
+
+// run looks at the heap again and again. Rejected: a cleanup that the runtime
+// calls after each collection, which a busy machine puts off until the heap has
+// grown by the old percentage of what is now alive.
+func (g *gcTuner) run(ctx context.Context) {
+	t := time.NewTicker(gcEvery)
+	defer t.Stop()
+	for {
+		select {
+		case <-t.C:
+			g.tune()
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // serving ends the loading phase.
@@ -48,16 +67,6 @@ func (g *gcTuner) serving() {
 	g.mu.Lock()
 	g.mu.share = gcShareServing
 	g.mu.Unlock()
-}
-
-// arm makes the next collection call tune, and so on after each one. It is a
-// cleanup of an object that nobody holds, run by the runtime.
-func (g *gcTuner) arm() {
-	sentinel := new([64]byte) // too large for the runtime to put it together with others
-	runtime.AddCleanup(sentinel, func(g *gcTuner) {
-		g.tune()
-		g.arm()
-	}, g)
 }
 
 // tune sets the percentage if it is off by more than a tenth: setting it stops
@@ -74,8 +83,9 @@ func (g *gcTuner) tune() {
 }
 
 // gcPercent is how much of what is alive may be allocated before a collection.
+// The runtime never collects below 4 MiB for each 100 percent.
 func gcPercent(alive uint64, share float64) int {
-	alive = max(alive, 1<<20)
+	alive = max(alive, 4<<20)
 	return int(max(gcRoom, float64(alive)*share) * 100 / float64(alive))
 }
 

@@ -1,11 +1,13 @@
 package main
 
 import (
+	"context"
 	"net/http"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 )
 
 func TestGCPercent(t *testing.T) {
@@ -14,8 +16,9 @@ func TestGCPercent(t *testing.T) {
 		share   float64
 		percent int
 	}{
-		{0, gcShareServing, 6400}, // no more than if a MiB were alive
-		{2 << 20, gcShareServing, 3200},
+		{0, gcShareServing, 1600}, // no more than if 4 MiB were alive
+		{2 << 20, gcShareServing, 1600},
+		{8 << 20, gcShareServing, 800},
 		{64 << 20, gcShareServing, 100},
 		{256 << 20, gcShareServing, 25},
 		{10 << 30, gcShareServing, 25},
@@ -43,28 +46,26 @@ func TestGCTuner(t *testing.T) {
 		alive = mib << 20
 		g.tune()
 	}
-	if want := []int{6400, 100, 25, 32, 25}; !slices.Equal(sets, want) {
+	if want := []int{1600, 100, 25, 32, 25}; !slices.Equal(sets, want) {
 		t.Errorf("set to %v, not %v", sets, want)
 	}
 }
 
-// Each collection leads to a look at the heap, not only the first.
-func TestGCTunerFollowsCollections(t *testing.T) {
-	looks := make(chan struct{})
-	done := make(chan struct{})
-	defer close(done)
-	g := &gcTuner{set: func(int) {}, alive: func() uint64 {
-		select {
-		case looks <- struct{}{}:
-		case <-done:
+// It goes on looking, until the process ends.
+func TestGCTunerRuns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		alive, sets := uint64(128<<20), 0
+		g := &gcTuner{alive: func() uint64 { alive *= 2; return alive }, set: func(int) { sets++ }}
+		g.mu.share = gcShareLoading
+		go g.run(ctx)
+		time.Sleep(3*gcEvery + gcEvery/2)
+		synctest.Wait()
+		if alive != 128<<23 || sets != 1 {
+			t.Errorf("%d bytes alive, set %d times", alive, sets)
 		}
-		return 0
-	}}
-	g.arm()
-	for range 3 {
-		runtime.GC()
-		<-looks
-	}
+		cancel()
+	})
 }
 
 // The process tunes itself, and a GOGC of the user's wins.

@@ -62,7 +62,7 @@ func signalContext() (context.Context, context.CancelFunc) {
 func serve(ctx context.Context, cfg Config) error {
 	log := newLogger(cfg, os.Stderr)
 	defer func() { _ = log.Sync() }() // a terminal cannot be synced
-	gc := tuneGC(os.Getenv)
+	gc := tuneGC(ctx, os.Getenv)
 	s, err := newServer(ctx, cfg, log)
 	if err != nil {
 		return err

@@ -2,6 +2,7 @@ package kv
 
 import (
 	"fmt"
+	"runtime"
 	"slices"
 	"strings"
 )
@@ -345,9 +346,6 @@ func (n *node) ascend(from string, f func(rec string, h head) bool) bool {
 	return true
 }
 
-// fetched is written where it is never true, so that the loads are not left out.
-var fetched uint32
-
 // fetch has the processor load the records at once, where a walk would wait for
 // one after the other: they are anywhere in memory. Measured: a snapshot of 1M
 // records is written in 220 ms instead of 290.
@@ -356,9 +354,7 @@ func fetch(items []*byte) {
 	for _, item := range items {
 		sum |= frontAt(item)
 	}
-	if sum == 0 {
-		fetched++ // no record has an empty key
-	}
+	runtime.KeepAlive(sum) // the loads are not left out
 }
 
 // descend calls f for each record below the key, or for all if that is empty, in
