@@ -15,6 +15,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -586,6 +587,9 @@ func TestPeerPortRefuses(t *testing.T) {
 		}
 	}
 	l.mustPut("k", "v")
+	waitFor(t, "the leader to have seen all members hold entries", func() bool {
+		return !slices.ContainsFunc(l.node.members.Load().Members, func(m member) bool { return !m.Started })
+	})
 	for _, n := range c.nodes {
 		<-n.store.applied.Wait(l.store.applied.At())
 	}
