@@ -270,7 +270,7 @@ func serveTest(t testing.TB, h http.Handler) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	srv := newHTTPServer(h, zap.NewNop())
+	srv := newClientServer(h, zap.NewNop())
 	done := make(chan error)
 	go func() { done <- srv.Serve(l) }()
 	t.Cleanup(func() {
@@ -1230,7 +1230,7 @@ func pipeServer(t *testing.T, h http.Handler) *rawConn {
 	client, server := net.Pipe()
 	l := newBoundedListener(&oneConnListener{conns: make(chan net.Conn, 1), done: make(chan struct{})}, 4)
 	l.Listener.(*oneConnListener).conns <- server
-	srv := newHTTPServer(h, zap.NewNop())
+	srv := newClientServer(h, zap.NewNop())
 	go srv.Serve(l)
 	t.Cleanup(func() { client.Close(); srv.Close() })
 	return &rawConn{t, client, bufio.NewReader(client)}

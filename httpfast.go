@@ -35,9 +35,12 @@ const (
 	fastBuffer  = 4 << 10        // of a connection, for the head of a request and what came with it
 	fastMaxBody = 64 << 10       // larger ones are net/http's
 	fastInline  = 16 << 10       // a larger body of an answer is written by itself
-	fastDrain   = fastMaxBody    // an unread body is read up to here
 	fastKeep    = 2 * fastInline // larger buffers for answers are left to the collector
+	fastUnsized = 64 << 10       // of an answer whose length the handler does not say; such are refusals, which are short
+	idleSlack   = idleTimeout / 2
 )
+
+var errUnsized = errors.New("the answer has no Content-Length and is too large to be kept until it ends; set one, or leave the request to net/http")
 
 // clientServer serves the client port on both paths.
 type clientServer struct {
@@ -82,7 +85,8 @@ func (s *clientServer) Serve(l net.Listener) error {
 		return http.ErrServerClosed
 	}
 	s.handoff.Close()
-	return errors.Join(err, <-slow)
+	<-slow // it ends because handoff is closed, and has nothing to add
+	return err
 }
 
 func (s *clientServer) accept(l net.Listener) error {
@@ -155,8 +159,12 @@ func (s *clientServer) open() int {
 
 // Shutdown lets in no more requests, and waits until those under way are
 // answered, or ctx ends.
+//
+// net/http shuts down last, because it drops what it is handed after that. Until
+// then it answers what it has, and closes each connection behind the answer.
 func (s *clientServer) Shutdown(ctx context.Context) error {
 	err := s.stop((*fastConn).quit)
+	s.slow.SetKeepAlivesEnabled(false)
 	for s.open() > 0 && ctx.Err() == nil {
 		select {
 		case <-s.ended:
@@ -235,7 +243,7 @@ func (c *replayedConn) Read(p []byte) (int, error) {
 // States of a connection, for Shutdown.
 const (
 	connWaits int32 = iota // for a request; it may be closed
-	connBusy               // a request is under way
+	connBusy               // a request is under way, here or on its way to net/http
 	connQuits              // Shutdown closes it
 )
 
@@ -246,21 +254,21 @@ type fastConn struct {
 	conn   net.Conn
 	state  atomic.Int32
 
-	in       []byte // read, not yet consumed: in[at:]
-	at       int
-	armed    time.Time // the read deadline in force
-	buf      []byte    // behind in
-	out      []byte    // the answer's head, and its body if that is short
-	body     []byte    // of an answer whose length the handler did not say
-	req      *http.Request
-	unread   int       // of the request's body
-	until    time.Time // for reading the body
-	header   http.Header
-	names    []string // scratch, to sort the header
-	status   int
-	wrote    bool // the head is in out, or further
-	broken   error
-	deadline time.Time
+	in     []byte // read, not yet consumed: in[at:]
+	at     int
+	armed  time.Time // the read deadline in force
+	buf    []byte    // behind in
+	out    []byte    // the answer's head, and its body if that is short
+	body   []byte    // of an answer whose length the handler did not say
+	req    *http.Request
+	unread int       // of the request's body
+	until  time.Time // for reading the body
+	header http.Header
+	names  []string // scratch, to sort the header
+	status int
+	wrote  bool  // the head is in out, or further
+	ends   bool  // no request can follow: the body was cut short, or Shutdown has begun
+	broken error // what a write met; nothing more is written
 }
 
 func (c *fastConn) quit() bool { return c.state.CompareAndSwap(connWaits, connQuits) }
@@ -269,7 +277,6 @@ func (c *fastConn) quit() bool { return c.state.CompareAndSwap(connWaits, connQu
 func (c *fastConn) serve() {
 	keep := false
 	defer func() {
-		c.server.remove(c)
 		if p := recover(); p != nil {
 			keep = false
 			if p != http.ErrAbortHandler {
@@ -279,22 +286,21 @@ func (c *fastConn) serve() {
 		if !keep {
 			_ = c.conn.Close() // the client has all that it will get
 		}
+		c.server.remove(c) // last: Shutdown waits for it
 	}()
 	c.buf = make([]byte, fastBuffer)
 	c.in = c.buf[:0]
 	wait := readHeaderTimeout // until its first request a connection has not shown what it is
+	slack := time.Duration(0)
 	for {
-		head, plain, err := c.readHead(wait)
-		if err != nil {
-			return
+		head, plain, err := c.readHead(wait, slack)
+		if err != nil || !c.state.CompareAndSwap(connWaits, connBusy) {
+			return // the client has left, or Shutdown was first
 		}
 		if !plain {
 			keep = true
 			c.server.handoff.give(c.conn, c.in[c.at:])
 			return
-		}
-		if !c.state.CompareAndSwap(connWaits, connBusy) {
-			return // Shutdown was first
 		}
 		c.at += head
 		c.server.handler.ServeHTTP((*fastWriter)(c), c.req)
@@ -305,16 +311,17 @@ func (c *fastConn) serve() {
 		if c.server.closing.Load() {
 			return
 		}
-		wait = idleTimeout
+		wait, slack = idleTimeout, idleSlack
 	}
 }
 
 // readHead waits for a whole head and returns its length. It is not plain where
 // net/http has to look at it; nothing of it is consumed then.
-func (c *fastConn) readHead(wait time.Duration) (head int, plain bool, err error) {
+func (c *fastConn) readHead(wait, slack time.Duration) (head int, plain bool, err error) {
 	if c.at == len(c.in) {
 		c.in, c.at = c.buf[:0], 0
 	}
+	var until time.Time // a head has its own time, from its first byte on
 	searched := 0
 	for {
 		pending := c.in[c.at:]
@@ -322,100 +329,123 @@ func (c *fastConn) readHead(wait time.Duration) (head int, plain bool, err error
 			head = searched + i + len(headEnd)
 			return head, c.parse(pending[:head]), nil
 		}
-		if len(pending) > 0 {
-			if searched = max(0, len(pending)-len(headEnd)+1); len(pending) == fastBuffer || !maybePlain(pending) {
+		if len(pending) == 0 {
+			c.arm(time.Now().Add(wait), slack)
+		} else {
+			searched = max(0, len(pending)-len(headEnd)+1)
+			if len(pending) == fastBuffer || !maybePlain(pending) {
 				return 0, false, nil
 			}
-			wait = readHeaderTimeout
+			if until.IsZero() {
+				until = time.Now().Add(readHeaderTimeout)
+			}
+			c.arm(until, 0)
 		}
 		if len(c.in) == cap(c.in) { // what is left of an earlier read moves to the front
 			n := copy(c.buf, pending)
 			c.in, c.at = c.buf[:n], 0
 		}
-		if len(pending) == 0 || c.deadline.IsZero() {
-			c.deadline = time.Now().Add(wait)
-		}
-		c.arm(c.deadline)
 		n, err := c.conn.Read(c.in[len(c.in):cap(c.in)])
-		if len(pending) == 0 && n > 0 {
-			c.deadline = time.Time{} // the head has its own time from its first byte on
-		}
 		c.in = c.in[:len(c.in)+n]
-		if err != nil && n == 0 {
+		switch {
+		case n > 0 || err == nil:
+		case err == io.EOF && len(pending) > 0:
+			return 0, false, nil // net/http has an answer to half a head
+		default:
 			return 0, false, err
 		}
 	}
 }
 
-// arm sets the read deadline, unless the one in force ends within the last half of
-// the time that is left: most reads set none.
-func (c *fastConn) arm(until time.Time) {
-	if left := time.Until(until); c.armed.After(until) || until.Sub(c.armed) > left/2 {
-		c.armed = until
-		_ = c.conn.SetReadDeadline(until) // fails only on a closed connection, and so does the read
+// arm lets reads end between until and until+slack. With slack, most reads find a
+// deadline in force that will do, and set none.
+func (c *fastConn) arm(until time.Time, slack time.Duration) {
+	if c.armed.Before(until) || c.armed.After(until.Add(slack)) {
+		c.armed = until.Add(slack)
+		_ = c.conn.SetReadDeadline(c.armed) // fails only on a closed connection, and so does the read
 	}
 }
 
 var headEnd = []byte("\r\n\r\n")
 
 // maybePlain says that a head which begins so can become a plain one. Others
-// go to net/http before they are complete: an HTTP/2 preface never would be.
+// go to net/http before they are complete, because it may answer then: a wrong
+// line is wrong before the head ends, and for net/http it also ends in \n\n.
 func maybePlain(head []byte) bool {
+	var h plainHead
+	end := bytes.LastIndexByte(head, '\n') + 1
+	return hasPlainMethod(head) && (end == 0 || h.scan(head[:end]))
+}
+
+func hasPlainMethod(head []byte) bool {
 	n := min(len(head), len("GET /"))
 	return string(head[:n]) == "GET /"[:n] || string(head[:n]) == "PUT /"[:n]
 }
 
+// plainHead is what the lines of a head say.
+type plainHead struct {
+	put          bool
+	target, host []byte // of the head; nil: not yet
+	length       []byte // Content-Length; nil: none
+	bytes        int    // what it says
+}
+
 // parse reads a whole head into c.req, and reports whether it is plain.
 func (c *fastConn) parse(head []byte) bool {
-	line, rest, _ := bytes.Cut(head, headEnd[:2])
-	if !maybePlain(line) || len(line) < len("GET / HTTP/1.1") {
+	var h plainHead
+	if !h.scan(head[:len(head)-len(headEnd)/2]) || h.host == nil || h.put && h.length == nil {
 		return false
 	}
-	target, ok := bytes.CutSuffix(line[len("GET "):], []byte(" HTTP/1.1"))
-	if !ok || !isPlainTarget(target) {
+	c.begin(h.put, string(h.target), string(h.host), h.bytes)
+	return true
+}
+
+// scan reads complete lines, and reports whether all of them are plain.
+func (h *plainHead) scan(lines []byte) bool {
+	line, rest, ok := bytes.Cut(lines, headEnd[:2])
+	if !ok || !hasPlainMethod(line) || len(line) < len("GET / HTTP/1.1") {
 		return false
 	}
-	put := line[0] == 'P'
-	var host []byte
-	length := -1
-	for len(rest) > len(headEnd[:2]) {
-		line, rest, _ = bytes.Cut(rest, headEnd[:2])
-		name, value, ok := bytes.Cut(line, []byte(":"))
-		value = bytes.Trim(value, " ")
-		if !ok || !isVisible(value) {
-			return false
-		}
-		switch lowerName(name) {
-		case "host":
-			if host != nil || !isPlainHost(value) {
-				return false
-			}
-			host = value
-		case "content-length":
-			if length >= 0 || !put {
-				return false
-			}
-			if length = parseLength(value); length < 0 {
-				return false
-			}
-		case "accept":
-			if string(value) != "*/*" {
-				return false
-			}
-		case "connection":
-			if string(value) != "keep-alive" {
-				return false
-			}
-		case "user-agent", "accept-encoding", "accept-language", "content-type", "cache-control", "pragma",
-			"x-request-id", "traceparent", "tracestate": // change nothing
-		default:
+	h.put = line[0] == 'P'
+	if h.target, ok = bytes.CutSuffix(line[len("GET "):], []byte(" HTTP/1.1")); !ok || !isPlainTarget(h.target) {
+		return false
+	}
+	for len(rest) > 0 {
+		if line, rest, ok = bytes.Cut(rest, headEnd[:2]); !ok || !h.scanField(line) {
 			return false
 		}
 	}
-	if host == nil || put && length < 0 {
+	return true
+}
+
+func (h *plainHead) scanField(line []byte) bool {
+	name, value, ok := bytes.Cut(line, []byte(":"))
+	value = bytes.Trim(value, " ")
+	if !ok || !isVisible(value) {
 		return false
 	}
-	c.begin(put, string(target), string(host), max(length, 0))
+	switch lowerName(name) {
+	case "host":
+		if h.host != nil || !isPlainHost(value) {
+			return false
+		}
+		h.host = value
+	case "content-length":
+		if h.length != nil || !h.put {
+			return false
+		}
+		h.length = value
+		h.bytes = parseLength(value)
+		return h.bytes >= 0
+	case "accept":
+		return string(value) == "*/*"
+	case "connection":
+		return string(value) == "keep-alive"
+	case "user-agent", "accept-encoding", "accept-language", "content-type", "cache-control", "pragma",
+		"x-request-id", "traceparent", "tracestate": // change nothing
+	default:
+		return false
+	}
 	return true
 }
 
@@ -458,10 +488,20 @@ func isPlainTarget(t []byte) bool {
 			return false
 		}
 	}
-	path, _, _ := bytes.Cut(t, []byte("?"))
+	path, query, _ := bytes.Cut(t, []byte("?"))
 	switch string(path) {
 	case "/metrics", "/livez", "/readyz":
 		return false // they write through net/http's own features
+	}
+	for len(query) > 0 {
+		var piece []byte
+		piece, query, _ = bytes.Cut(query, []byte("&"))
+		name, _, _ := bytes.Cut(piece, []byte("="))
+		switch string(name) {
+		case "", "timeout", "consistency", "min_revision", "revision", "ttl", "lease":
+		default:
+			return false // history= streams; so may an option to come, or one whose name is percent-encoded
+		}
 	}
 	return true
 }
@@ -522,7 +562,7 @@ func (c *fastConn) begin(put bool, target, host string, length int) {
 	r.URL.Path, r.URL.RawQuery, _ = strings.Cut(target, "?")
 	c.unread, c.until = length, time.Time{}
 	clear(c.header)
-	c.status, c.wrote, c.broken = 0, false, nil
+	c.status, c.wrote, c.ends, c.broken = 0, false, false, nil
 	c.out, c.body = c.out[:0], c.body[:0]
 }
 
@@ -540,7 +580,7 @@ func (b *fastBody) Read(p []byte) (int, error) {
 	var err error
 	if n == 0 {
 		if !c.until.IsZero() {
-			c.arm(c.until)
+			c.arm(c.until, 0)
 		}
 		n, err = c.conn.Read(p)
 	}
@@ -550,9 +590,6 @@ func (b *fastBody) Read(p []byte) (int, error) {
 		return n, io.EOF
 	case err == io.EOF:
 		err = io.ErrUnexpectedEOF
-	}
-	if err != nil {
-		c.broken = err
 	}
 	return n, err
 }
@@ -580,6 +617,12 @@ func (w *fastWriter) Write(p []byte) (int, error) {
 	c := (*fastConn)(w)
 	w.WriteHeader(http.StatusOK)
 	switch {
+	case c.broken != nil:
+		return 0, c.broken
+	case c.header["Content-Length"] == nil && len(c.body)+len(p) > fastUnsized:
+		c.broken = errUnsized
+		c.server.log.Error("an answer was dropped", zap.String("target", c.req.RequestURI), zap.Error(errUnsized))
+		return 0, c.broken
 	case c.header["Content-Length"] == nil:
 		c.body = append(c.body, p...)
 		return len(p), nil
@@ -608,8 +651,8 @@ func (c *fastConn) flush() error {
 	return c.broken
 }
 
-// finish sends what is left of the answer, and reads what is left of the
-// request. It reports whether the connection can serve another.
+// finish sends what is left of the answer. It reports whether the connection can
+// serve another request.
 func (c *fastConn) finish() bool {
 	(*fastWriter)(c).WriteHeader(http.StatusOK)
 	if !c.wrote {
@@ -628,21 +671,29 @@ func (c *fastConn) finish() bool {
 	if cap(c.body) > fastKeep {
 		c.body = nil
 	}
+	return !c.ends
+}
+
+// drain reads what the handler has left of the body, and reports whether the next
+// request begins behind it.
+func (c *fastConn) drain() bool {
+	if c.unread > 0 && c.until.IsZero() {
+		c.until = time.Now().Add(drainTime)
+	}
 	for c.unread > 0 {
-		if (*fastWriter)(c).until.IsZero() {
-			c.until = time.Now().Add(drainTime)
-		}
 		var scratch [512]byte
 		if _, err := (*fastBody)(c).Read(scratch[:]); err != nil && err != io.EOF {
 			return false
 		}
 	}
-	return c.broken == nil
+	return true
 }
 
-// appendHead writes status line and header fields, in the order of their names.
+// appendHead writes status line and header fields, in the order of their names. The
+// body is read before, so that the head can say whether the connection ends.
 func (c *fastConn) appendHead() {
 	c.wrote = true
+	c.ends = !c.drain() || c.server.closing.Load()
 	b := append(c.out, "HTTP/1.1 "...)
 	b = strconv.AppendInt(b, int64(c.status), 10)
 	b = append(b, ' ')
@@ -665,7 +716,7 @@ func (c *fastConn) appendHead() {
 			b = append(b, value...)
 		}
 	}
-	if c.server.closing.Load() {
+	if c.ends {
 		b = append(b, "\r\nConnection: close"...)
 	}
 	c.out = append(b, headEnd...)
