@@ -202,11 +202,10 @@ func (l *handoffListener) Accept() (net.Conn, error) {
 func (l *handoffListener) Close() error   { l.once.Do(func() { close(l.closed) }); return nil }
 func (l *handoffListener) Addr() net.Addr { return l.addr }
 
-// give hands over a connection, with what was read from it.
-func (l *handoffListener) give(c net.Conn, read []byte) {
-	if len(read) > 0 {
-		c = newReplayedConn(c, read)
-	}
+// give hands over a connection, with what was read from it and the error that
+// ended that, if one did.
+func (l *handoffListener) give(c net.Conn, read []byte, err error) {
+	c = newReplayedConn(c, read, err)
 	select {
 	case l.conns <- c:
 	case <-l.closed:
@@ -219,18 +218,22 @@ func (l *handoffListener) give(c net.Conn, read []byte) {
 type replayedConn struct {
 	*clientConn
 	read []byte
+	err  error // behind read; nil: what the connection has
 }
 
-func newReplayedConn(c net.Conn, read []byte) net.Conn {
+func newReplayedConn(c net.Conn, read []byte, err error) net.Conn {
 	cc, ok := c.(*clientConn)
 	if !ok {
 		cc = &clientConn{Conn: c, release: func() {}}
 	}
-	return &replayedConn{cc, slices.Clone(read)}
+	return &replayedConn{cc, slices.Clone(read), err}
 }
 
 func (c *replayedConn) Read(p []byte) (int, error) {
-	if len(c.read) == 0 {
+	switch {
+	case len(c.read) == 0 && c.err != nil:
+		return 0, c.err
+	case len(c.read) == 0:
 		return c.clientConn.Read(p)
 	}
 	n := copy(p, c.read)
@@ -290,16 +293,15 @@ func (c *fastConn) serve() {
 	}()
 	c.buf = make([]byte, fastBuffer)
 	c.in = c.buf[:0]
-	wait := readHeaderTimeout // until its first request a connection has not shown what it is
-	slack := time.Duration(0)
+	w := firstRequest
 	for {
-		head, plain, err := c.readHead(wait, slack)
-		if err != nil || !c.state.CompareAndSwap(connWaits, connBusy) {
-			return // the client has left, or Shutdown was first
+		head, plain, err := c.readHead(w)
+		if err != nil && len(c.in)-c.at < w.begun || !c.state.CompareAndSwap(connWaits, connBusy) {
+			return // nothing was asked, or Shutdown was first
 		}
 		if !plain {
 			keep = true
-			c.server.handoff.give(c.conn, c.in[c.at:])
+			c.server.handoff.give(c.conn, c.in[c.at:], err)
 			return
 		}
 		c.at += head
@@ -311,13 +313,27 @@ func (c *fastConn) serve() {
 		if c.server.closing.Load() {
 			return
 		}
-		wait, slack = idleTimeout, idleSlack
+		w = laterRequest
 	}
 }
 
+// requestWait is how a request is waited for.
+type requestWait struct {
+	wait, slack time.Duration
+	begun       int // bytes, with which it has begun
+}
+
+// Until its first request a connection has not shown what it is. Later ones have
+// begun where they have for net/http, which looks for 4 bytes.
+var (
+	firstRequest = requestWait{readHeaderTimeout, 0, 1}
+	laterRequest = requestWait{idleTimeout, idleSlack, 4}
+)
+
 // readHead waits for a whole head and returns its length. It is not plain where
-// net/http has to look at it; nothing of it is consumed then.
-func (c *fastConn) readHead(wait, slack time.Duration) (head int, plain bool, err error) {
+// net/http has to look at it; nothing of it is consumed then. An error is one of
+// reading: net/http has answers to some heads that it cuts short.
+func (c *fastConn) readHead(w requestWait) (head int, plain bool, err error) {
 	if c.at == len(c.in) {
 		c.in, c.at = c.buf[:0], 0
 	}
@@ -329,8 +345,8 @@ func (c *fastConn) readHead(wait, slack time.Duration) (head int, plain bool, er
 			head = searched + i + len(headEnd)
 			return head, c.parse(pending[:head]), nil
 		}
-		if len(pending) == 0 {
-			c.arm(time.Now().Add(wait), slack)
+		if len(pending) < w.begun {
+			c.arm(time.Now().Add(w.wait), w.slack)
 		} else {
 			searched = max(0, len(pending)-len(headEnd)+1)
 			if len(pending) == fastBuffer || !maybePlain(pending) {
@@ -347,11 +363,7 @@ func (c *fastConn) readHead(wait, slack time.Duration) (head int, plain bool, er
 		}
 		n, err := c.conn.Read(c.in[len(c.in):cap(c.in)])
 		c.in = c.in[:len(c.in)+n]
-		switch {
-		case n > 0 || err == nil:
-		case err == io.EOF && len(pending) > 0:
-			return 0, false, nil // net/http has an answer to half a head
-		default:
+		if err != nil && n == 0 {
 			return 0, false, err
 		}
 	}
