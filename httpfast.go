@@ -408,7 +408,7 @@ func (c *fastConn) parse(head []byte) bool {
 	if !h.scan(head[:len(head)-len(headEnd)/2]) || h.host == nil || h.put && h.length == nil {
 		return false
 	}
-	c.begin(h.put, string(h.target), string(h.host), h.bytes)
+	c.begin(h.put, string(h.target), h.host, h.bytes)
 	return true
 }
 
@@ -560,7 +560,7 @@ func parseLength(digits []byte) int {
 
 // begin prepares c.req and the writer. The request is the same one for each on the
 // connection: httpAPI keeps none.
-func (c *fastConn) begin(put bool, target, host string, length int) {
+func (c *fastConn) begin(put bool, target string, host []byte, length int) {
 	if c.req == nil {
 		c.req = &http.Request{Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, URL: &url.URL{}, Header: http.Header{},
 			Body: (*fastBody)(c), RemoteAddr: c.conn.RemoteAddr().String()}
@@ -570,7 +570,10 @@ func (c *fastConn) begin(put bool, target, host string, length int) {
 	if r.Method = http.MethodGet; put {
 		r.Method = http.MethodPut
 	}
-	r.RequestURI, r.Host, r.ContentLength = target, host, int64(length)
+	if r.Host != string(host) { // mostly it is the one before
+		r.Host = string(host)
+	}
+	r.RequestURI, r.ContentLength = target, int64(length)
 	r.URL.Path, r.URL.RawQuery, _ = strings.Cut(target, "?")
 	c.unread, c.until = length, time.Time{}
 	clear(c.header)
