@@ -279,6 +279,51 @@ func TestFastShutdown(t *testing.T) {
 	})
 }
 
+// An answer that began before Shutdown does not say that the connection ends, but
+// it does.
+func TestFastShutdownWithinAnAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := startFast(t, newTestAPI(&fakeBackend{value: make([]byte, 4*fastInline)}, testLimits()), zap.NewNop())
+		c := s.dial()
+		c.send(plainGet)
+		synctest.Wait() // the answer is stuck in its write
+		start := time.Now()
+		done := make(chan error, 1)
+		go func() { done <- s.Shutdown(t.Context()) }()
+		synctest.Wait()
+		if a := c.answer("GET"); len(a.body) != 4*fastInline {
+			t.Errorf("%d bytes", len(a.body))
+		}
+		if took, rest := c.end(start); took != 0 || rest != "" {
+			t.Errorf("ended after %v with %q", took, rest)
+		}
+		if err := <-done; err != nil {
+			t.Errorf("Shutdown: %v", err)
+		}
+		s.stop()
+	})
+}
+
+// A body that the handler leaves unread does not become the next request, and is
+// waited for only so long.
+func TestFastUnreadBody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := startFast(t, helloHandler, zap.NewNop())
+		defer s.stop()
+		c := s.dial()
+		c.send(fmt.Sprintf("PUT /k HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n%s", fastMaxBody, strings.Repeat("x", fastMaxBody)))
+		if a := c.answer("PUT"); a.body != "hello" || a.closes {
+			t.Errorf("a whole body: %+v", a)
+		}
+		start := time.Now()
+		c.send(plainPut[:len(plainPut)-2])
+		a := c.answer("PUT")
+		if took, rest := c.end(start); a.body != "hello" || !a.closes || took != drainTime || rest != "" {
+			t.Errorf("a part of a body: %+v, then %q after %v", a, rest, took)
+		}
+	})
+}
+
 // A request that is stuck holds Shutdown up until its context ends, and Close
 // ends the connection.
 func TestFastShutdownGivesUp(t *testing.T) {
@@ -339,9 +384,9 @@ func TestFastServeAfterClose(t *testing.T) {
 }
 
 // A connection on its way to net/http carries a request: Shutdown waits until net/http
-// has it, and Close does not.
+// has it or its context ends, and Close does not.
 func TestFastHandOverDuringShutdown(t *testing.T) {
-	for _, closes := range []bool{false, true} {
+	for _, end := range []string{"taken", "closed", "canceled"} {
 		synctest.Test(t, func(t *testing.T) {
 			s := newClientServer(pathHandler, zap.NewNop()) // and net/http does not take any yet
 			client, server := newDuplex()
@@ -357,12 +402,7 @@ func TestFastHandOverDuringShutdown(t *testing.T) {
 			stopped := make(chan error, 1)
 			go func() { stopped <- s.Shutdown(ctx) }()
 			synctest.Wait()
-			if closes {
-				s.Close()
-				if all, err := io.ReadAll(client); err != nil || len(all) != 0 {
-					t.Errorf("read %q, %v after Close", all, err)
-				}
-			} else {
+			if end == "taken" {
 				select {
 				case err := <-stopped:
 					t.Errorf("Shutdown has left a connection behind: %v", err)
@@ -376,10 +416,22 @@ func TestFastHandOverDuringShutdown(t *testing.T) {
 				if n, err := c.Read(read); string(read[:n]) != slowGet || err != nil {
 					t.Errorf("net/http reads %q, %v", read[:n], err)
 				}
-				c.Close()
+				go func() { _, _ = io.WriteString(c, "answer"); c.Close() }()
+				if all, err := io.ReadAll(client); err != nil || string(all) != "answer" {
+					t.Errorf("the client reads %q, %v", all, err)
+				}
+			} else {
+				if end == "closed" {
+					s.Close()
+				} else {
+					cancel()
+				}
+				if all, err := io.ReadAll(client); err != nil || len(all) != 0 {
+					t.Errorf("%s: the client reads %q, %v", end, all, err)
+				}
 			}
-			if err := <-stopped; err != nil {
-				t.Errorf("Shutdown: %v", err)
+			if err := <-stopped; errors.Is(err, context.Canceled) != (end == "canceled") || err != nil && end != "canceled" {
+				t.Errorf("%s: Shutdown: %v", end, err)
 			}
 			client.Close()
 			s.Close()
@@ -488,6 +540,11 @@ func TestFastUnsizedAnswers(t *testing.T) {
 				t.Errorf("%d bytes of %d, closes %v", len(a.body), fastUnsized, a.closes)
 			}
 			synctest.Wait()
+			for f := range s.mu.conns {
+				if cap(f.out) > fastKeep || cap(f.body) > fastKeep {
+					t.Errorf("an idle connection keeps buffers of %d and %d bytes", cap(f.out), cap(f.body))
+				}
+			}
 			if logs.Len() != row.logs {
 				t.Errorf("%d pieces: %d lines in the log", row.pieces, logs.Len())
 			}
