@@ -51,6 +51,7 @@ var lintEdges = []struct {
 	{".", "go.etcd.io/etcd/client/pkg/v3", false, "types and files that rafthttp and wal have in their signatures"},
 	{".", "google.golang.org/protobuf/proto", false, "raft's messages are protobuf"},
 	{".", "go.uber.org/zap", false, "the logger that raft, rafthttp and wal log to"},
+	{".", "golang.org/x/sys/unix", false, "SEEK_HOLE, by its name on each system"},
 	{".", "github.com/prometheus/client_golang", false, "/metrics, where rafthttp and wal register theirs"},
 	{".", "github.com/coreos/go-semver", false, "checks a peer's version header as rafthttp will, which panics on a bad one"},
 	{".", "pontoon/client", true, "tests talk to a node as its users do"},
