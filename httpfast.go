@@ -510,9 +510,11 @@ func isPlainTarget(t []byte) bool {
 		piece, query, _ = bytes.Cut(query, []byte("&"))
 		name, _, _ := bytes.Cut(piece, []byte("="))
 		switch string(name) {
-		case "", "timeout", "consistency", "min_revision", "revision", "ttl", "lease":
+		case "", "consistency", "min_revision", "revision", "ttl", "lease":
 		default:
-			return false // history= streams; so may an option to come, or one whose name is percent-encoded
+			// history= streams, and with timeout= a call may wait long: net/http
+			// notices a client that leaves. An option to come may do either.
+			return false
 		}
 	}
 	return true
