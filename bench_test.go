@@ -84,7 +84,7 @@ func TestBench(t *testing.T) {
 	if code := running.wait(10 * time.Second); code != 0 {
 		t.Errorf("exit code %d after Ctrl-C", code)
 	}
-	for _, text := range []string{"puts/s", "interrupted", "latency by percentile", "throughput", "closed loop", "leader; pontoon " + version} {
+	for _, text := range []string{"puts/s", "interrupted", "latency by percentile", "closed loop", "leader; pontoon " + version} {
 		if !strings.Contains(running.stdout.String(), text) {
 			t.Errorf("the table lacks %q:\n%s", text, running.stdout.String())
 		}
