@@ -288,21 +288,10 @@ type snapshotWriter interface {
 }
 
 // snapshotDue: often enough that a restart replays little, seldom enough that
-// snapshots of a large state cost little beside the log they replace. A replay
-// takes its time for commands more than for bytes, so a log of large values may
-// grow to rareSnapshots times the state before it is replaced.
+// snapshots of a large state do not cost more than the log they replace.
 func (s *kvstore) snapshotDue() bool {
-	state := s.snapSize
-	if s.since.commands < replayCommands {
-		state *= rareSnapshots
-	}
-	return s.since.entries >= s.cfg.SnapshotEntries || s.since.bytes >= max(s.cfg.SnapshotBytes, state)
+	return s.since.entries >= s.cfg.SnapshotEntries || s.since.bytes >= max(s.cfg.SnapshotBytes, s.snapSize)
 }
-
-const (
-	rareSnapshots  = 4
-	replayCommands = 400_000 // about a second
-)
 
 // snapshot starts writing the state as it is now, while writes go on: the copy
 // costs nothing (kv.State.Clone). One at a time.
@@ -318,7 +307,7 @@ func (s *kvstore) snapshot() {
 		return
 	}
 	s.snapping = true
-	s.since.entries, s.since.commands, s.since.bytes = 0, 0, 0
+	s.since.entries, s.since.bytes = 0, 0
 	// goroutine: snapshot-writer
 	go s.writeSnapshot(h, state)
 }
@@ -358,6 +347,6 @@ func (s *kvstore) restore(h *snapHeader) error {
 	s.mu.state = state
 	s.mu.Unlock()
 	s.table, s.term = got.Members, got.Term
-	s.since.entries, s.since.commands, s.since.bytes = 0, 0, 0
+	s.since.entries, s.since.bytes = 0, 0
 	return nil
 }

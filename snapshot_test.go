@@ -86,23 +86,3 @@ func TestMemoryLogWaitsForConnectedFollower(t *testing.T) {
 	}
 	c.check()
 }
-
-// What makes a snapshot due: log, entries, and of a large state also the number
-// of commands that a restart would replay.
-func TestSnapshotDue(t *testing.T) {
-	for _, x := range []struct {
-		entries, commands, bytes, state int
-		want                            bool
-	}{
-		{0, 0, 63, 0, false}, {0, 0, 64, 0, true}, {99, 0, 0, 0, false}, {100, 0, 0, 0, true},
-		{0, 0, 64, 16, true}, {0, 0, 64, 17, false}, {0, 0, 68, 17, true},
-		{0, replayCommands, 64, 64, true}, {0, replayCommands, 64, 65, false}, {0, replayCommands, 65, 65, true},
-		{0, replayCommands - 1, 259, 65, false}, {0, replayCommands - 1, 260, 65, true},
-	} {
-		s := &kvstore{cfg: Config{SnapshotEntries: 100, SnapshotBytes: 64}, snapSize: int64(x.state)}
-		s.since.entries, s.since.commands, s.since.bytes = uint64(x.entries), x.commands, int64(x.bytes)
-		if got := s.snapshotDue(); got != x.want {
-			t.Errorf("%+v: %v", x, got)
-		}
-	}
-}
