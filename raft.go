@@ -81,7 +81,7 @@ type raftNode struct {
 	stable        uint64            // last entry on this disk
 	committedTerm uint64            // term of the last entry published
 	appended      bool              // by a leader, since the last own batch was forwarded
-	savedAt       uint64            // tick of the last append to this log
+	proposedAt    uint64            // tick at which what waited was last proposed
 	unsaved       bool              // an append or a snapshot was stepped and is not on disk yet
 	later         []*raftpb.Message // heartbeats that wait for that
 	readSent      uint64            // highest read context sent in this term
@@ -571,7 +571,6 @@ func (n *raftNode) persist(rd raft.Ready) error {
 	}
 	if len(rd.Entries) > 0 {
 		n.appended = true
-		n.savedAt = n.ticks
 		if err := n.mem.Append(rd.Entries); err != nil {
 			return err
 		}

@@ -45,9 +45,9 @@ type zeroAhead struct {
 
 var zeroBytes [zeroStretch]byte
 
-// attach begins at the newest segment, as it is. Nothing may be buffered in the
-// wal package. Where the file system cannot tell what was written, the file is
-// left alone.
+// attach begins at the newest segment, as it is. What the wal package still has in
+// its buffer is written over zeros later, and not the other way round. Where the
+// file system cannot tell what was written, the file is left alone.
 func (z *zeroAhead) attach(dir string) error {
 	err := z.close()
 	z.dir = dir
