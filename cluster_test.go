@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"path/filepath"
 	"slices"
@@ -393,7 +392,7 @@ func (e *memEnd) SendSnapshot(m *snap.Message) {
 	go func() {
 		err := errors.New("unreachable")
 		if end != nil {
-			_, err = snap.New(zap.NewNop(), end.n.disk.snapDir()).SaveDBFrom(io.Reader(m.ReadCloser), m.Snapshot.GetMetadata().GetIndex())
+			err = end.n.disk.receiveSnapshot(m.Snapshot.GetMetadata().GetIndex(), m.ReadCloser, func(h snapHeader) error { return end.n.node.snapshotFits(m.Message, h) })
 			if err == nil {
 				err = end.n.node.Process(context.Background(), proto.Clone(m.Message).(*raftpb.Message))
 			}

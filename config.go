@@ -55,22 +55,23 @@ type Config struct {
 // Bounds that no flag moves. Each stands where a queue or a message could
 // otherwise grow without end.
 const (
-	maxBatchBytes       = 1 << 20  // commands packed into one log entry; one larger command travels alone
-	maxBatchCommands    = 4096     // the same, by count
-	maxBatchesInFlight  = 256      // own batches not yet applied; far below kv.ReplayWindow
-	maxForwardedBatches = 2        // the same on a follower, see mayHaveInFlight
-	maxUncommitted      = 64 << 20 // proposals raft holds before it drops new ones
-	maxMessageBytes     = 4 << 20  // entries in one append message
-	maxInflightAppends  = 256      // append messages on the way to one follower
-	maxLogBytesHeld     = 1 << 30  // log kept in memory while a snapshot travels
-	proposeQueue        = 4096     // capacity of proposeC; proposers beyond it wait until their deadline
-	recvQueue           = 4096     // capacity of recvC; peers' messages beyond it are dropped and counted
-	commitQueue         = 64       // capacity of commitC; the raft loop waits beyond it
-	maxHeldProposals    = 1024     // forwarded proposals parked while leadership moves
-	maxWatches          = 1 << 14  // open watches; more are answered 429
-	maxExports          = 8        // exports under way, each holds a clone of the state; more are answered 429
-	maxTxnBytes         = 4 << 20  // body of a transaction
-	promoteLag          = 32       // a learner this many entries behind the commit is caught up
+	maxBatchBytes       = 1 << 20   // commands packed into one log entry; one larger command travels alone
+	maxBatchCommands    = 4096      // the same, by count
+	maxBatchesInFlight  = 256       // own batches not yet applied; far below kv.ReplayWindow
+	maxForwardedBatches = 2         // the same on a follower, see mayHaveInFlight
+	maxUncommitted      = 64 << 20  // proposals raft holds before it drops new ones
+	maxMessageBytes     = 4 << 20   // entries in one append message
+	maxInflightAppends  = 256       // append messages on the way to one follower
+	maxLogBytesHeld     = 1 << 30   // log kept in memory while a snapshot travels
+	proposeQueue        = 4096      // capacity of proposeC; proposers beyond it wait until their deadline
+	recvQueue           = 4096      // capacity of recvC; peers' messages beyond it are dropped and counted
+	maxReceived         = 256 << 20 // bytes of entries in recvC; the same
+	commitQueue         = 64        // capacity of commitC; the raft loop waits beyond it
+	maxHeldProposals    = 1024      // forwarded proposals parked while leadership moves
+	maxWatches          = 1 << 14   // open watches; more are answered 429
+	maxExports          = 8         // exports under way, each holds a clone of the state; more are answered 429
+	maxTxnBytes         = 4 << 20   // body of a transaction
+	promoteLag          = 32        // a learner this many entries behind the commit is caught up
 )
 
 // clusterURL is one entry of --cluster: the id is the position in the list,

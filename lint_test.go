@@ -50,6 +50,7 @@ var lintEdges = []struct {
 	{".", "go.etcd.io/etcd/server/v3/storage/wal", false, "the log on disk"},
 	{".", "go.etcd.io/etcd/client/pkg/v3", false, "types and files that rafthttp and wal have in their signatures"},
 	{".", "google.golang.org/protobuf/proto", false, "raft's messages are protobuf"},
+	{".", "google.golang.org/protobuf/encoding/protowire", false, "looks at a peer's message before it is decoded"},
 	{".", "go.uber.org/zap", false, "the logger that raft, rafthttp and wal log to"},
 	{".", "golang.org/x/sys/unix", false, "SEEK_HOLE, by its name on each system"},
 	{".", "github.com/prometheus/client_golang", false, "/metrics, where rafthttp and wal register theirs"},

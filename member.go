@@ -60,6 +60,8 @@ type memberChange struct {
 
 const memberChangeVersion = 1
 
+const maxPeerURLs = 16 // of one member
+
 // errNoChange says that the table already is as the change wants it.
 var errNoChange = errors.New("the member table already says so")
 
@@ -193,7 +195,7 @@ func (m *membership) mayAdd(x member) error {
 	if m.isRemoved(x.ID) {
 		return fmt.Errorf("%w: id %d was removed; choose another, for example %d", errMemberExists, x.ID, m.nextID())
 	}
-	if err := checkPeerURLs(x.PeerURLs); err != nil {
+	if err := errors.Join(checkPeerURLs(x.PeerURLs), checkClientURL(x.ClientURL)); err != nil {
 		return err
 	}
 	if old, ok := m.get(x.ID); ok {
@@ -208,6 +210,9 @@ func (m *membership) mayAdd(x member) error {
 func (m *membership) mayUpdate(i int, x member) error {
 	if i < 0 {
 		return fmt.Errorf("%w: %d", errMemberUnknown, x.ID)
+	}
+	if err := checkClientURL(x.ClientURL); err != nil {
+		return err
 	}
 	if len(x.PeerURLs) > 0 {
 		if err := checkPeerURLs(x.PeerURLs); err != nil {
@@ -226,15 +231,32 @@ func (m *membership) mayUpdate(i int, x member) error {
 
 // checkPeerURLs matters at apply too: rafthttp panics on a URL it cannot parse.
 func checkPeerURLs(urls []string) error {
-	if len(urls) == 0 {
-		return fmt.Errorf("%w: no peer URL", errBadRequest)
+	if len(urls) == 0 || len(urls) > maxPeerURLs {
+		return fmt.Errorf("%w: %d peer URLs; a member has 1 to %d", errBadRequest, len(urls), maxPeerURLs)
 	}
 	for _, u := range urls {
+		if len(u) > maxPeerURLBytes {
+			return fmt.Errorf("%w: a peer URL of %d bytes; the limit is %d", errBadRequest, len(u), maxPeerURLBytes)
+		}
 		if clean, err := parseHTTPURL(u); err != nil {
 			return fmt.Errorf("%w: %v", errBadRequest, err)
 		} else if clean != u {
 			return fmt.Errorf("%w: write the peer URL as %s", errBadRequest, clean)
 		}
+	}
+	return nil
+}
+
+// checkClientURL bounds what is only shown: the table is in every snapshot.
+func checkClientURL(u string) error {
+	if u == "" {
+		return nil
+	}
+	if len(u) > maxPeerURLBytes {
+		return fmt.Errorf("%w: a client URL of %d bytes; the limit is %d", errBadRequest, len(u), maxPeerURLBytes)
+	}
+	if _, err := parseHTTPURL(u); err != nil {
+		return fmt.Errorf("%w: client URL: %v", errBadRequest, err)
 	}
 	return nil
 }
@@ -289,6 +311,28 @@ func decodeConfChange(cc *raftpb.ConfChangeV2) (memberChange, error) {
 		return c, fmt.Errorf("%w: membership change whose parts disagree", errBadRequest)
 	}
 	return c, nil
+}
+
+// check holds a table from a file or a peer against its invariants: what was made
+// by apply alone has them.
+func (m *membership) check() error {
+	if m == nil || m.ClusterID == 0 {
+		return errors.New("member table: no cluster id")
+	}
+	last := uint64(0)
+	for _, x := range m.Members {
+		if x.ID <= last || x.ID >= 1<<64-2 || m.isRemoved(x.ID) {
+			return fmt.Errorf("member table: id %d is out of order, removed or none", x.ID)
+		}
+		last = x.ID
+		if err := errors.Join(checkPeerURLs(x.PeerURLs), checkClientURL(x.ClientURL), m.urlsFree(x)); err != nil {
+			return fmt.Errorf("member table: member %d: %w", x.ID, err)
+		}
+	}
+	if len(m.voters()) == 0 {
+		return errors.New("member table: nobody votes")
+	}
+	return nil
 }
 
 // mayRemove refuses a removal after which the members alive now could not

@@ -12,7 +12,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/coreos/go-semver/semver"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/rafthttp"
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
@@ -47,6 +46,30 @@ const maxTermJump = 1 << 32
 // validateMessage refuses what no member sends: raft takes its
 // peers at their word and panics. Step has the checks that need raft's state.
 func (n *raftNode) validateMessage(m *raftpb.Message) error {
+	if err := n.validateEnvelope(m); err != nil {
+		return err
+	}
+	switch m.GetType() {
+	case raftpb.MsgProp:
+		return validateProposal(m.GetEntries())
+	case raftpb.MsgApp:
+		return validateAppend(m)
+	case raftpb.MsgSnap:
+		return n.validateSnapshot(m)
+	case raftpb.MsgHeartbeat, raftpb.MsgHeartbeatResp:
+		if c := len(m.GetContext()); c != 0 && c != 8 {
+			return fmt.Errorf("heartbeat context of %d bytes", c)
+		}
+	case raftpb.MsgReadIndex, raftpb.MsgReadIndexResp:
+		if e := m.GetEntries(); len(e) != 1 || e[0] == nil || len(e[0].GetData()) == 0 || len(e[0].GetData()) > 64 {
+			return errors.New("read index without one short context")
+		}
+	}
+	return nil
+}
+
+// validateEnvelope is validateMessage for what all types have.
+func (n *raftNode) validateEnvelope(m *raftpb.Message) error {
 	from := m.GetFrom()
 	switch {
 	case !fromPeers[m.GetType()]:
@@ -64,22 +87,6 @@ func (n *raftNode) validateMessage(m *raftpb.Message) error {
 	// forward one of these that carries a term.
 	if local := m.GetType() == raftpb.MsgProp || m.GetType() == raftpb.MsgReadIndex; local != (m.GetTerm() == 0) {
 		return fmt.Errorf("%v of term %d", m.GetType(), m.GetTerm())
-	}
-	switch m.GetType() {
-	case raftpb.MsgProp:
-		return validateProposal(m.GetEntries())
-	case raftpb.MsgApp:
-		return validateAppend(m)
-	case raftpb.MsgSnap:
-		return n.validateSnapshot(m)
-	case raftpb.MsgHeartbeat, raftpb.MsgHeartbeatResp:
-		if c := len(m.GetContext()); c != 0 && c != 8 {
-			return fmt.Errorf("heartbeat context of %d bytes", c)
-		}
-	case raftpb.MsgReadIndex, raftpb.MsgReadIndexResp:
-		if e := m.GetEntries(); len(e) != 1 || e[0] == nil || len(e[0].GetData()) == 0 || len(e[0].GetData()) > 64 {
-			return errors.New("read index without one short context")
-		}
 	}
 	return nil
 }
@@ -141,30 +148,45 @@ func validateAppend(m *raftpb.Message) error {
 	return nil
 }
 
-// validateSnapshot checks the file that came with the message, before raft
-// hears of it. A damaged file is deleted, since SaveDBFrom would keep it
-// for ever; the leader sends another.
+// validateSnapshot holds a snapshot's message against its file. That the file is
+// whole was seen when it came: only then has it its name.
 func (n *raftNode) validateSnapshot(m *raftpb.Message) error {
+	if err := checkSnapshotMeta(m); err != nil {
+		return err
+	}
+	h, err := n.snaps.snapshotHeader(m.GetSnapshot().GetMetadata().GetIndex())
+	if err == nil {
+		err = n.snapshotFits(m, h)
+	}
+	return err
+}
+
+func checkSnapshotMeta(m *raftpb.Message) error {
 	meta := m.GetSnapshot().GetMetadata()
 	index := meta.GetIndex()
 	if index == 0 || index >= 1<<63 || meta.GetTerm() == 0 || meta.GetTerm() > m.GetTerm() {
 		return fmt.Errorf("snapshot of index %d and term %d", index, meta.GetTerm())
 	}
-	h, err := n.snaps.verifySnapshot(index)
-	foreign := err == nil && h.Members.ClusterID != n.members.Load().ClusterID
-	if foreign {
-		err = errors.New("snapshot file of another cluster")
+	return nil
+}
+
+func (n *raftNode) snapshotFits(m *raftpb.Message, h snapHeader) error {
+	meta := m.GetSnapshot().GetMetadata()
+	switch {
+	case h.Members.ClusterID != n.members.Load().ClusterID:
+		return errors.New("snapshot file of another cluster")
+	case h.Index != meta.GetIndex() || h.Term != meta.GetTerm() || !sameConf(h.Members.confState(), meta.GetConfState()):
+		return errors.New("snapshot file and message disagree")
 	}
-	if (foreign || errors.Is(err, kv.ErrCorrupt)) && index > n.progress.snapshot.Load() {
-		err = errors.Join(err, n.snaps.discardSnapshot(index))
-	}
-	if err == nil && (h.Term != meta.GetTerm() || !sameConf(h.Members.confState(), meta.GetConfState())) {
-		err = errors.New("snapshot file and message disagree")
-	}
-	if err != nil {
-		n.log.Error("refused a snapshot", zap.Uint64("from", m.GetFrom()), zap.Uint64("index", index), zap.Error(err))
-	}
-	return err
+	return nil
+}
+
+func (n *raftNode) isMember(id uint64) bool { return n.members.Load().index(id) >= 0 }
+
+// refusedAnswer is told what was wrong with a peer's answer.
+func (n *raftNode) refusedAnswer(err error) {
+	n.met.refusedMessages.Inc()
+	n.log.Warn("a peer's answer was refused; do all members run the same version?", zap.Error(err))
 }
 
 // clusterInfo is what a member tells a joiner on the peer port.
@@ -177,8 +199,10 @@ type clusterInfo struct {
 
 const clusterInfoPath = "/pontoon/cluster"
 
-// peerHandler guards rafthttp's handler and answers joiners.
+// peerHandler serves the peer port. rafthttp has the streams; what comes with a
+// body is received here (peerreceive.go).
 func (n *raftNode) peerHandler(next http.Handler) http.Handler {
+	in := newPeerReceiver(n)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		defer func() {
 			// rafthttp reads what it decoded without a look, and panics to
@@ -196,29 +220,19 @@ func (n *raftNode) peerHandler(next http.Handler) http.Handler {
 		// With this header any caller could make us send to any address.
 		// Members are known from the table instead.
 		r.Header.Del("X-PeerURLs")
-		for _, h := range []string{"X-Server-Version", "X-Min-Cluster-Version"} { // rafthttp panics over these
-			if v := r.Header.Get(h); v != "" {
-				if _, err := semver.NewVersion(v); err != nil {
-					n.met.refusedMessages.Inc()
-					http.Error(w, h+" is malformed", http.StatusBadRequest)
-					return
-				}
-			}
+		if err := checkVersions(r.Header); err != nil {
+			n.met.refusedMessages.Inc()
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
 		}
-		// rafthttp bounds each read of a message, not their sum, and a snapshot
-		// not at all.
 		switch r.URL.Path {
 		case rafthttp.RaftPrefix:
-			r.Body = http.MaxBytesReader(w, r.Body, 16*maxMessageBytes)
+			in.serve(w, r, in.message)
 		case rafthttp.RaftSnapshotPrefix:
-			free, err := n.snaps.freeBytes()
-			if err != nil || free < n.cfg.DiskReserve {
-				http.Error(w, "no room for a snapshot", http.StatusInsufficientStorage)
-				return
-			}
-			r.Body = http.MaxBytesReader(w, r.Body, free-n.cfg.DiskReserve)
+			in.serve(w, r, in.snapshot)
+		default:
+			next.ServeHTTP(w, r)
 		}
-		next.ServeHTTP(w, r)
 	})
 }
 
@@ -354,8 +368,11 @@ func askPeer(ctx context.Context, c *http.Client, url string) (*clusterInfo, err
 	if resp.StatusCode != http.StatusOK {
 		return nil, fmt.Errorf("%s answered %s", url, resp.Status)
 	}
-	if err := json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(&info); err != nil || info.Members == nil || info.Members.ClusterID == 0 {
-		return nil, fmt.Errorf("%s is no Pontoon peer address (%v)", url, err)
+	if err := json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(&info); err != nil {
+		return nil, fmt.Errorf("%s is no Pontoon peer address (%w)", url, err)
+	}
+	if err := info.Members.check(); err != nil {
+		return nil, fmt.Errorf("%s is no Pontoon peer address (%w)", url, err)
 	}
 	return &info, nil
 }

@@ -74,6 +74,7 @@ func (n *raftNode) propose() {
 		n.proposedAt = n.ticks
 		m := n.held[0]
 		n.held = n.held[1:]
+		n.heldBytes -= entryBytes(m.GetEntries())
 		n.give(m)
 	}
 	for len(n.queue) > 0 && n.hasLeader() && n.mayHaveInFlight() {
@@ -166,8 +167,9 @@ func (n *raftNode) repropose() {
 // hold parks a forwarded proposal: its proposer would hear nothing. Beyond
 // the bound it is dropped, and proposed again by its node after ten ticks.
 func (n *raftNode) hold(m *raftpb.Message) {
-	if len(n.held) < maxHeldProposals {
+	if size := entryBytes(m.GetEntries()); len(n.held) < maxHeldProposals && n.heldBytes+size <= maxUncommitted {
 		n.held = append(n.held, m)
+		n.heldBytes += size
 	} else {
 		n.met.droppedMessages.Inc()
 	}

@@ -65,6 +65,7 @@ type raftNode struct {
 	inflight    inflight             // own batches between proposal and apply
 	soft        atomic.Pointer[soft] // published: who leads, which term
 	changed     broadcast            // tells that soft changed
+	received    atomic.Int64         // bytes of entries in recvC
 	members     atomic.Pointer[membership]
 	clock       atomic.Pointer[clock]                             // published by the apply loop, see clock.go
 	progress    struct{ committed, last, snapshot atomic.Uint64 } // published for status
@@ -89,6 +90,7 @@ type raftNode struct {
 	tickSent      time.Time         // of the last kv.Tick
 	seen          [2]uint64         // index applied two ticks ago or less, and one or less
 	held          []*raftpb.Message // forwarded proposals parked while leadership moves
+	heldBytes     int               // of their entries, at most maxUncommitted
 	dropped       bool              // raft dropped a proposal; wait for a tick, a commit or a leader
 	seq           uint64            // of the last own batch
 	lastSeen      map[uint64]uint64 // peer -> tick of its last message
@@ -224,7 +226,7 @@ func (n *raftNode) serveChannels() (err error) {
 			case p := <-n.proposeC:
 				n.enqueue(p)
 			case m := <-n.recvC:
-				n.step(m)
+				n.step(n.taken(m))
 			case <-n.reads.wake:
 			case c := <-n.confChangeC:
 				n.confQueue = append(n.confQueue, c)
@@ -264,7 +266,7 @@ func (n *raftNode) collect() {
 		f()
 	}
 	for range len(n.recvC) {
-		n.step(<-n.recvC)
+		n.step(n.taken(<-n.recvC))
 	}
 	for range len(n.proposeC) {
 		n.enqueue(<-n.proposeC)
@@ -642,12 +644,23 @@ func (n *raftNode) Process(ctx context.Context, m *raftpb.Message) error {
 		n.met.refusedMessages.Inc()
 		return badMessage{err}
 	}
-	select {
-	case n.recvC <- m:
-	default:
-		n.met.droppedMessages.Inc()
+	size := entryBytes(m.GetEntries())
+	if n.received.Add(int64(size)) <= maxReceived {
+		select {
+		case n.recvC <- m:
+			return nil
+		default:
+		}
 	}
+	n.received.Add(-int64(size))
+	n.met.droppedMessages.Inc()
 	return nil
+}
+
+// taken is a message that has left recvC.
+func (n *raftNode) taken(m *raftpb.Message) *raftpb.Message {
+	n.received.Add(-int64(entryBytes(m.GetEntries())))
+	return m
 }
 
 // IsIDRemoved is asked by the transport before it answers a peer (rafthttp.Raft).

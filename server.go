@@ -34,6 +34,8 @@ type server struct {
 	store *kvstore
 	tr    *rafthttp.Transport
 
+	stopTransport func() // nil: not started
+
 	clientListener, peerListener, debugListener net.Listener
 	client                                      *clientServer
 	peer                                        *http.Server
@@ -222,6 +224,11 @@ func (s *server) startTransport(clusterID uint64, peers *membership) error {
 	if err := s.tr.Start(); err != nil {
 		return fmt.Errorf("start peer transport: %w", err)
 	}
+	closeIdle, err := guardAnswers(s.tr, s.node.isMember, s.node.refusedAnswer)
+	if err != nil {
+		return err
+	}
+	s.stopTransport = func() { s.tr.Stop(); closeIdle() }
 	s.node.tr = s.tr
 	for _, m := range peers.Members {
 		if m.ID != s.cfg.ID {
@@ -363,7 +370,7 @@ func (s *server) finishClients() {
 
 // close releases everything; the loops have ended.
 func (s *server) close() error {
-	s.tr.Stop()
+	s.stopTransport()
 	err := errors.Join(s.client.Close(), s.peer.Close())
 	if s.debugListener != nil {
 		err = errors.Join(err, s.debugListener.Close())
@@ -376,8 +383,8 @@ func (s *server) close() error {
 
 // closeEarly releases what newServer had opened when it failed.
 func (s *server) closeEarly() error {
-	if s.tr != nil {
-		s.tr.Stop()
+	if s.stopTransport != nil {
+		s.stopTransport()
 	}
 	for _, l := range []net.Listener{s.clientListener, s.peerListener, s.debugListener} {
 		if l != nil {

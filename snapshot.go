@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"math"
 	"slices"
 	"time"
@@ -32,8 +33,7 @@ type snapDone struct {
 type snapshotSource interface {
 	openSnapshot(index uint64) (snapFile, error)
 	snapshotHeader(index uint64) (snapHeader, error)
-	verifySnapshot(index uint64) (snapHeader, error)
-	discardSnapshot(index uint64) error
+	receiveSnapshot(index uint64, body io.Reader, fits func(snapHeader) error) error
 	freeBytes() (int64, error)
 	oldestKept() uint64
 }

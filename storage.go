@@ -473,8 +473,11 @@ func decodeSnapHeader(b []byte) (snapHeader, error) {
 	if err := json.Unmarshal(b, &h); err != nil {
 		return h, fmt.Errorf("snapshot header: %w", err)
 	}
-	if h.Index == 0 || h.Term == 0 || h.Members == nil || len(h.Members.voters()) == 0 {
-		return h, errors.New("snapshot header: index, term or members are missing")
+	if h.Index == 0 || h.Term == 0 {
+		return h, errors.New("snapshot header: index or term is missing")
+	}
+	if err := h.Members.check(); err != nil {
+		return h, fmt.Errorf("snapshot header: %w", err)
 	}
 	return h, nil
 }
@@ -497,9 +500,6 @@ func (d *diskStore) verifySnapshot(index uint64) (snapHeader, error) {
 	}
 	return h, err
 }
-
-// discardSnapshot deletes a file that was received and is damaged.
-func (d *diskStore) discardSnapshot(index uint64) error { return os.Remove(d.snapPath(index)) }
 
 // writeSnapshot streams state into its file and returns the size: temporary
 // name, sync, rename, sync of the directory. The caller owns state, which
