@@ -71,6 +71,8 @@ const (
 	maxWatches          = 1 << 14   // open watches; more are answered 429
 	maxExports          = 8         // exports under way, each holds a clone of the state; more are answered 429
 	maxTxnBytes         = 4 << 20   // body of a transaction
+	maxBodyBytes        = 256 << 20 // bodies of clients, on their way in or waiting for raft; more are answered 429
+	maxPeerConns        = 256       // connections of peers, who need ten each; more wait to be accepted
 	promoteLag          = 32        // a learner this many entries behind the commit is caught up
 )
 

@@ -94,6 +94,7 @@ type limits struct {
 	DefaultTimeout time.Duration // a call without timeout=
 	MaxTimeout     time.Duration // the most timeout= may ask for
 	MaxConns       int           // open client connections
+	MaxBodyBytes   int64         // bodies under way, together
 	MaxExports     int           // exports under way; more get 429
 	MaxTxnBytes    int64         // the body of a transaction, or of an import that is atomic or has an idempotency key
 }
@@ -142,6 +143,7 @@ type httpAPI struct {
 
 	exports, imports atomic.Int64 // under way
 	deadlines        sharedDeadlines
+	bodies           bodyRoom
 }
 
 // newHTTPAPI serves b within l; gather is what /metrics shows.
@@ -168,6 +170,7 @@ type apiCall struct {
 	bodyPending bool          // some of the body may still be on its way
 	status      int           // what was answered; 0: nothing yet
 	counted     int           // what metrics say instead, if not 0
+	room        int64         // of bodyRoom
 	answered    time.Duration // of a watch: how long its answer took to begin; 0: count until the end
 
 	read readOptions
@@ -183,7 +186,7 @@ func (a *httpAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// observe runs even while a handler panics; such a call counts as a 500.
+// observe ends a call, also while its handler panics; such a call counts as a 500.
 func (c *apiCall) observe() {
 	status := c.status
 	if c.counted != 0 {
@@ -196,6 +199,9 @@ func (c *apiCall) observe() {
 		took = time.Since(c.start)
 	}
 	c.api.m.observe(c.route, c.r.Method, status, took)
+	if c.room > 0 {
+		c.api.bodies.bytes.Add(-c.room)
+	}
 }
 
 // onHeap runs a call that keeps a pointer to its apiCall, in a closure or a

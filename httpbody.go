@@ -28,8 +28,32 @@ func bodyTooLarge(limit int64) error {
 	return &httpRefusal{err: errTooLarge, detail: "the body is larger than " + strconv.FormatInt(limit, 10) + " bytes, the limit"}
 }
 
-// readBody appends the body to buf. It never holds more than limit+1 bytes,
-// and grows with what has arrived, not with what was announced. It ends at the
+// bodyRoom is what bodies may take together, on their way in and while their calls
+// wait for raft. A call waits for its client without a slot (acquire): else as many
+// slow clients as there are slots would keep all others out. What bounds slow
+// bodies instead is this. The first minBodyBuffer of each has always room, so that
+// clients with small values are served whatever others do; of those, HTTP/1
+// has one for each connection, and streams of HTTP/2 are counted.
+type bodyRoom struct {
+	bytes   atomic.Int64 // buffers beyond minBodyBuffer
+	streams atomic.Int64 // of HTTP/2, whose body is being read
+}
+
+// take makes room for a buffer that grows by n bytes; the call gives it back at its end.
+func (c *apiCall) takeRoom(n int) error {
+	if n <= 0 {
+		return nil
+	}
+	if room := &c.api.bodies; room.bytes.Add(int64(n)) > c.api.l.MaxBodyBytes {
+		room.bytes.Add(-int64(n))
+		return &httpRefusal{err: errOverloaded, detail: "the bodies under way on this member take " + strconv.FormatInt(c.api.l.MaxBodyBytes, 10) + " bytes, the limit"}
+	}
+	c.room += int64(n)
+	return nil
+}
+
+// readBody appends the body to buf, which is empty. It never holds more than limit+1
+// bytes, and grows with what has arrived, not with what was announced. It ends at the
 // call's deadline, or earlier when nothing arrives for bodyProgress.
 func (c *apiCall) readBody(buf []byte, limit int64) ([]byte, error) {
 	announced := c.r.ContentLength // -1: unknown
@@ -39,9 +63,22 @@ func (c *apiCall) readBody(buf []byte, limit int64) ([]byte, error) {
 	if announced == 0 {
 		return buf, nil
 	}
+	if c.r.ProtoMajor > 1 {
+		defer c.api.bodies.streams.Add(-1)
+		if n := c.api.bodies.streams.Add(1); n > int64(c.api.l.MaxInFlight) {
+			return buf, errOverloaded
+		}
+	}
+	if c.takeRoom(cap(buf)-minBodyBuffer) != nil {
+		buf = nil // a smaller one will do
+	}
 	for {
 		if len(buf) == cap(buf) {
-			buf = growBody(buf, announced, limit)
+			grown := growBody(buf, announced, limit)
+			if err := c.takeRoom(cap(grown) - max(cap(buf), minBodyBuffer)); err != nil {
+				return buf, err
+			}
+			buf = grown
 		}
 		c.armRead()
 		n, err := c.r.Body.Read(buf[len(buf):min(int64(cap(buf)), limit+1)])

@@ -68,7 +68,7 @@ func (c *apiCall) serveImport() error {
 	im.lines.limit = 6*(int(c.api.l.MaxValueBytes)+c.api.l.MaxKeyBytes) + minBodyBuffer
 	var err error
 	if c.opt.atomic || c.opt.has(optIdempotency) {
-		err = im.inSlot(im.onePiece)
+		err = im.onePiece()
 	} else {
 		err = im.streamed()
 	}
@@ -156,6 +156,10 @@ func (im *importer) onePiece() error {
 	if err != nil {
 		return err
 	}
+	return im.inSlot(func() error { return im.proposePiece(body) })
+}
+
+func (im *importer) proposePiece(body []byte) error {
 	im.lines.buf = body
 	put := map[string]int64{} // the line of each put, with atomic=true
 	for {

@@ -195,14 +195,14 @@ func (c *apiCall) putKey(key string) error {
 // bound the memory for bodies too, and gives it back before the answer. A slow
 // body gives it back at the latest with its deadline.
 func (c *apiCall) proposePut(key string, buf *[]byte) (kv.Result, error) {
-	if err := c.acquire(); err != nil {
-		return kv.Result{}, err
-	}
-	defer c.release()
 	var err error
 	if *buf, err = c.readBody((*buf)[:0], c.api.l.MaxValueBytes); err != nil {
 		return kv.Result{}, err
 	}
+	if err := c.acquire(); err != nil {
+		return kv.Result{}, err
+	}
+	defer c.release()
 	return c.propose(kv.Command{Op: kv.OpPut, Key: key, Value: *buf, If: c.opt.check,
 		TTL: c.opt.ttl, Lease: c.opt.lease, Once: c.once(*buf)})
 }

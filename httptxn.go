@@ -36,13 +36,9 @@ func (c *apiCall) serveTxn() error {
 	return nil
 }
 
-// runTxn holds its slot from before the body is read, as a PUT does, until the
+// runTxn holds its slot from when the body was read, as a PUT does, until the
 // result is there; what that shows is the state's own memory.
 func (c *apiCall) runTxn() (*kv.Txn, kv.Result, error) {
-	if err := c.acquire(); err != nil {
-		return nil, kv.Result{}, err
-	}
-	defer c.release()
 	buf := c.api.buffers.Get().(*[]byte)
 	defer c.api.putBuffer(buf)
 	var err error
@@ -53,6 +49,10 @@ func (c *apiCall) runTxn() (*kv.Txn, kv.Result, error) {
 	if err != nil {
 		return nil, kv.Result{}, err
 	}
+	if err := c.acquire(); err != nil {
+		return nil, kv.Result{}, err
+	}
+	defer c.release()
 	res, err := c.propose(kv.Command{Op: kv.OpTxn, Txn: txn, Once: c.once(*buf)})
 	return txn, res, err
 }

@@ -50,18 +50,42 @@ func listenClient(addr string, maxConns int) (net.Listener, error) {
 	return newBoundedListener(l, maxConns), nil
 }
 
+// fileReserve is how many descriptors are kept from clients: for the log, whose
+// next segment is a matter of life, snapshots, and peers, of whose connections
+// maxPeerConns come in and fewer go out.
+const fileReserve = 2 * maxPeerConns
+
+// connectionRoom is how many connections of clients, at most most, and of peers may
+// be open under this process's limit of open files.
+func connectionRoom(most int) (clients, peers int, err error) {
+	var files syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err != nil {
+		return 0, 0, fmt.Errorf("limit of open files: %w", err)
+	}
+	clients, peers = shareFiles(most, files.Cur)
+	return clients, peers, nil
+}
+
+func shareFiles(most int, files uint64) (clients, peers int) {
+	n := int(min(files, 1<<30))
+	reserve := min(fileReserve, n/2)
+	return max(min(most, n-reserve), 1), max(reserve/2, 1)
+}
+
 // boundedListener is a semaphore in front of Accept. slots has the capacity
 // maxConns; when it is full, Accept waits until a connection or the listener
 // closes.
 type boundedListener struct {
 	net.Listener
+	wrap      func(c net.Conn, release func()) net.Conn // release gives the slot back
 	slots     chan struct{}
 	closed    chan struct{}
 	closeOnce sync.Once
 }
 
 func newBoundedListener(l net.Listener, maxConns int) *boundedListener {
-	return &boundedListener{Listener: l, slots: make(chan struct{}, max(maxConns, 1)), closed: make(chan struct{})}
+	return &boundedListener{Listener: l, slots: make(chan struct{}, max(maxConns, 1)), closed: make(chan struct{}),
+		wrap: func(c net.Conn, release func()) net.Conn { return &clientConn{Conn: c, release: release} }}
 }
 
 // Accept hands errors on as they are: http.Server waits and tries again after
@@ -77,12 +101,25 @@ func (l *boundedListener) Accept() (net.Conn, error) {
 		<-l.slots
 		return nil, err
 	}
-	return &clientConn{Conn: c, release: func() { <-l.slots }}, nil
+	return l.wrap(c, func() { <-l.slots }), nil
 }
 
 func (l *boundedListener) Close() error {
 	l.closeOnce.Do(func() { close(l.closed) })
 	return l.Listener.Close()
+}
+
+// placedConn gives its place back when it closes.
+type placedConn struct {
+	net.Conn
+	closeOnce sync.Once
+	release   func()
+}
+
+func (c *placedConn) Close() error {
+	err := c.Conn.Close()
+	c.closeOnce.Do(c.release)
+	return err
 }
 
 // clientConn gives its place back when it closes, and ends when a writer is

@@ -103,7 +103,19 @@ type process struct {
 // free of PONTOON_ variables. It is killed with its group when the test ends.
 func launch(t *testing.T, dir string, env []string, args ...string) *process {
 	t.Helper()
-	p := &process{t: t, name: "pontoon " + strings.Join(args, " "), cmd: exec.Command(program(t), args...), exited: make(chan struct{})}
+	return launchCommand(t, dir, env, exec.Command(program(t), args...), args)
+}
+
+// launchLimited is launch under a limit of open files.
+func launchLimited(t *testing.T, dir string, files int, args ...string) *process {
+	t.Helper()
+	shell := []string{"-c", fmt.Sprintf(`ulimit -n %d && exec "$0" "$@"`, files), program(t)}
+	return launchCommand(t, dir, nil, exec.Command("sh", append(shell, args...)...), args)
+}
+
+func launchCommand(t *testing.T, dir string, env []string, cmd *exec.Cmd, args []string) *process {
+	t.Helper()
+	p := &process{t: t, name: "pontoon " + strings.Join(args, " "), cmd: cmd, exited: make(chan struct{})}
 	p.cmd.Dir = dir
 	p.cmd.Env = append(slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, "PONTOON_") }), env...)
 	p.cmd.Stdout, p.cmd.Stderr = &p.stdout, &p.stderr

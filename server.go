@@ -64,10 +64,17 @@ func newServer(ctx context.Context, cfg Config, log *zap.Logger) (_ *server, err
 			return nil, err
 		}
 	}
-	if s.clientListener, err = listenClient(cfg.ListenClient, cfg.MaxConns); err != nil {
+	clients, peerConns, err := connectionRoom(cfg.MaxConns)
+	if err != nil {
 		return nil, err
 	}
-	if s.peerListener, err = listenPeer(cfg.ListenPeer); err != nil {
+	if clients < cfg.MaxConns {
+		log.Warn("fewer client connections than --max-connections: the limit of open files leaves no room for more; raise it (ulimit -n)", zap.Int("connections", clients), zap.Int("asked", cfg.MaxConns))
+	}
+	if s.clientListener, err = listenClient(cfg.ListenClient, clients); err != nil {
+		return nil, err
+	}
+	if s.peerListener, err = listenPeer(cfg.ListenPeer, peerConns); err != nil {
 		return nil, err
 	}
 	if cfg.ListenDebug != "" {
@@ -97,7 +104,7 @@ func newServer(ctx context.Context, cfg Config, log *zap.Logger) (_ *server, err
 		return nil, err
 	}
 	l := limits{MaxKeyBytes: cfg.MaxKeyBytes, MaxValueBytes: cfg.MaxValueBytes, MaxInFlight: cfg.MaxInFlight,
-		DefaultTimeout: cfg.DefaultTimeout, MaxTimeout: cfg.MaxTimeout, MaxConns: cfg.MaxConns,
+		DefaultTimeout: cfg.DefaultTimeout, MaxTimeout: cfg.MaxTimeout, MaxConns: clients, MaxBodyBytes: maxBodyBytes,
 		MaxExports: maxExports, MaxTxnBytes: maxTxnBytes}
 	api := newHTTPAPI(s.store, l, newHTTPMetrics(reg), prometheus.Gatherers{prometheus.DefaultGatherer, reg}, log)
 	s.client = newClientServer(api, log)
@@ -240,7 +247,7 @@ func (s *server) startTransport(clusterID uint64, peers *membership) error {
 
 // listenPeer opens the peer port. Its connections have time-outs on progress,
 // not on whole requests: a snapshot may take long.
-func listenPeer(addr string) (net.Listener, error) {
+func listenPeer(addr string, maxConns int) (net.Listener, error) {
 	l, err := rafthttp.NewListener(url.URL{Scheme: "http", Host: addr}, nil)
 	if err != nil {
 		hint := "correct this node's URL in --cluster, or listen elsewhere with --listen-peer"
@@ -249,7 +256,9 @@ func listenPeer(addr string) (net.Listener, error) {
 		}
 		return nil, fmt.Errorf("peer address %s cannot be used: %w; %s", addr, unwrapOp(err), hint)
 	}
-	return l, nil
+	b := newBoundedListener(l, maxConns)
+	b.wrap = func(c net.Conn, release func()) net.Conn { return &placedConn{Conn: c, release: release} } // it has deadlines
+	return b, nil
 }
 
 // unwrapOp leaves the reason of a network error without the address again.
