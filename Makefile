@@ -5,8 +5,10 @@ PKG      ?= ./...
 FUZZTIME ?= 30s
 COUNT    ?= 50
 BENCH    ?= .
+DURATION ?= 10m
+SEED     ?= 0
 
-.PHONY: help test race lint fuzz stress bench ci clean
+.PHONY: help test race lint fuzz stress chaos bench ci clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +35,9 @@ fuzz: ## run every fuzz target for FUZZTIME (30s), in PKG (./...)
 stress: ## run the tests RUN (a pattern) COUNT (50) times under the race detector
 	@test -n '$(RUN)' || { echo 'say which: make stress RUN=TestName' >&2; exit 2; }
 	go test -race -count=$(COUNT) -run '$(RUN)' $(PKG)
+
+chaos: ## break the network and the processes of a cluster for DURATION (10m), as root; SEED repeats a run
+	go test -v -timeout 0 -run '^TestProcessChaos$$' -chaos.duration $(DURATION) -chaos.seed $(SEED) .
 
 bench: ## run the benchmarks BENCH (all) in PKG
 	go test -run '^$$' -bench '$(BENCH)' -benchmem $(PKG)

@@ -28,7 +28,7 @@ func (p *process) send(ctx context.Context, method, target, body string, headers
 	for i := 0; i < len(headers); i += 2 {
 		req.Header.Set(headers[i], headers[i+1])
 	}
-	resp, err := web.Do(req)
+	resp, err := p.client().Do(req)
 	if err != nil {
 		return reply{}, err
 	}

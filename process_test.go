@@ -93,7 +93,8 @@ func (o *output) String() string {
 type process struct {
 	t              *testing.T
 	name           string
-	url            string // of its client port; empty: none is expected
+	url            string       // of its client port; empty: none is expected
+	via            *http.Client // nil: web
 	cmd            *exec.Cmd
 	stdout, stderr output
 	exited         chan struct{} // closed once it has ended and all its output is here
@@ -212,13 +213,20 @@ func (p *process) try(method, target, body string) (reply, error) {
 	if err != nil {
 		return reply{}, err
 	}
-	resp, err := web.Do(req)
+	resp, err := p.client().Do(req)
 	if err != nil {
 		return reply{}, err
 	}
 	defer resp.Body.Close()
 	b, err := io.ReadAll(resp.Body)
 	return reply{resp.StatusCode, resp.Header, string(b)}, err
+}
+
+func (p *process) client() *http.Client {
+	if p.via != nil {
+		return p.via
+	}
+	return web
 }
 
 // want sends one request and compares the status.
