@@ -42,8 +42,8 @@ type clock struct {
 	active    bool      // something can expire
 }
 
-// now is the clock extrapolated.
-func (c *clock) now() int64 { return c.reads + time.Since(c.at).Milliseconds() }
+// read is the clock extrapolated to the time now.
+func (c *clock) read(now time.Time) int64 { return c.reads + now.Sub(c.at).Milliseconds() }
 
 // publishClock tells the loop what the state's clock is needed for. It runs
 // on the apply loop, before anybody learns that the entries are applied.
@@ -59,7 +59,7 @@ func (s *kvstore) publishClock() {
 	if old != nil && !old.active && !c.active && old.term == c.term && old.reads == c.reads {
 		return // a store without leases pays nothing
 	}
-	c.at = time.Now()
+	c.at = s.node.time()
 	if old != nil && old.reads == c.reads {
 		c.at = old.at
 	}
@@ -77,8 +77,8 @@ func (n *raftNode) proposeTick() {
 	if c == nil || !c.active || n.now.state != raft.StateLeader || c.term != n.now.term || !n.hasLeader() {
 		return
 	}
-	now := c.now()
-	since := time.Since(n.tickSent)
+	at := n.time()
+	now, since := c.read(at), at.Sub(n.tickSent)
 	switch {
 	case c.next != 0 && c.next <= now && (c.next <= c.reads || since >= n.cfg.TickInterval):
 	case c.unstarted && since >= 2*n.cfg.TickInterval:
@@ -86,7 +86,7 @@ func (n *raftNode) proposeTick() {
 	default:
 		return
 	}
-	n.tickSent = time.Now()
+	n.tickSent = at
 	tick := kv.AppendCommand(nil, &kv.Command{Op: kv.OpTick,
 		Tick: kv.Tick{Clock: now, Wall: n.tickSent.UnixMilli(), Seen: n.seen[0], Term: n.now.term}})
 	// Without an identity: it is never proposed again, and applies at once.

@@ -35,8 +35,9 @@ type kvstore struct {
 	diskLow   atomic.Bool // set by the disk watcher
 	stopping  atomic.Bool // set once this member shuts down
 	hub       watch.Hub
-	published chan struct{} // capacity 1: there may be changes to hand to the hub
-	failC     chan error    // capacity 1: why nothing more can be applied
+	published chan struct{}               // capacity 1: there may be changes to hand to the hub
+	failC     chan error                  // capacity 1: why nothing more can be applied
+	write     func(snapHeader, *kv.State) // starts the snapshot-writer; set before anything runs
 
 	mu struct {
 		sync.RWMutex
@@ -58,8 +59,10 @@ type kvstore struct {
 }
 
 func newKVStore(n *raftNode, r *recovered, disk snapshotWriter) *kvstore {
-	s := &kvstore{node: n, disk: disk, cfg: n.cfg, log: n.log, met: n.met, applied: n.applied, started: time.Now(),
+	s := &kvstore{node: n, disk: disk, cfg: n.cfg, log: n.log, met: n.met, applied: n.applied, started: n.time(),
 		failC: make(chan error, 1), snapped: make(chan int64, 1), published: make(chan struct{}, 1), table: n.members.Load(), term: r.snap.Term}
+	// goroutine: snapshot-writer
+	s.write = func(h snapHeader, state *kv.State) { go s.writeSnapshot(h, state) }
 	s.mu.state = r.state
 	s.applied.Advance(r.state.Applied())
 	s.revision.Advance(uint64(r.state.Revision()))
@@ -78,10 +81,7 @@ func (s *kvstore) propose(ctx context.Context, c *kv.Command) (kv.Result, error)
 	if s.diskLow.Load() {
 		return kv.Result{}, errDiskLow
 	}
-	s.met.proposals.Inc()
-	p := proposals.Get().(*proposal)
-	p.state.Store(queued)
-	p.command = kv.AppendCommand(p.command[:0], c)
+	p := s.newProposal(c)
 	select {
 	case s.node.proposeC <- p:
 	case <-ctx.Done():
@@ -91,14 +91,32 @@ func (s *kvstore) propose(ctx context.Context, c *kv.Command) (kv.Result, error)
 	}
 	select {
 	case <-p.done:
-		r, err := p.result, p.err
-		p.result, p.err = kv.Result{}, nil
-		proposals.Put(p)
-		return r, err
+		return p.outcome()
 	case <-ctx.Done():
 	case <-s.node.doneC:
 	}
-	// p stays with the loop: it is not pooled again.
+	return s.abandon(p)
+}
+
+func (s *kvstore) newProposal(c *kv.Command) *proposal {
+	s.met.proposals.Inc()
+	p := proposals.Get().(*proposal)
+	p.state.Store(queued)
+	p.command = kv.AppendCommand(p.command[:0], c)
+	return p
+}
+
+// outcome is for the handler that received from p.done; p is not its own any more.
+func (p *proposal) outcome() (kv.Result, error) {
+	r, err := p.result, p.err
+	p.result, p.err = kv.Result{}, nil
+	proposals.Put(p)
+	return r, err
+}
+
+// abandon gives up on p and says what is known of it. p stays with the loop: it
+// is not pooled again.
+func (s *kvstore) abandon(p *proposal) (kv.Result, error) {
 	switch p.state.Swap(abandoned) {
 	case queued:
 		return kv.Result{}, s.notProposed()
@@ -152,18 +170,19 @@ func (s *kvstore) readCommits(commitC <-chan *commit) {
 				}
 				return
 			}
+			if s.snapshotDue() {
+				s.snapshot()
+			}
 		case <-s.node.snapReqC:
 			s.snapshot()
-			continue
 		case size := <-s.snapped:
-			s.snapping, s.snapSize = false, size
-			continue
-		}
-		if s.snapshotDue() {
-			s.snapshot()
+			s.snapshotEnded(size)
 		}
 	}
 }
+
+// snapshotEnded lets the next snapshot begin.
+func (s *kvstore) snapshotEnded(size int64) { s.snapping, s.snapSize = false, size }
 
 // apply carries out one commit. Everybody who waits for its results or for its
 // index is released only after the state shows it.

@@ -491,7 +491,7 @@ func lintGoroutines(p *lintPackage, architecture string, report lintReport) {
 }
 
 // lintStarts tells whether a node starts a goroutine: a go statement, or a call
-// of time.AfterFunc or of a method Go, as WaitGroup has one.
+// of time.AfterFunc, of a method Go, as WaitGroup has one, or of raftNode.spawn.
 func lintStarts(n ast.Node) bool {
 	if _, ok := n.(*ast.GoStmt); ok {
 		return true
@@ -505,7 +505,7 @@ func lintStarts(n ast.Node) bool {
 		return false
 	}
 	x, ok := sel.X.(*ast.Ident)
-	return sel.Sel.Name == "Go" && len(call.Args) == 1 || sel.Sel.Name == "AfterFunc" && ok && x.Name == "time"
+	return (sel.Sel.Name == "Go" || sel.Sel.Name == "spawn") && len(call.Args) == 1 || sel.Sel.Name == "AfterFunc" && ok && x.Name == "time"
 }
 
 // TestLintCatches shows each rule a file that breaks it, and the excuse or the
@@ -583,6 +583,7 @@ func TestLintCatches(t *testing.T) {
 		{"goroutines", "raft.go", "package main\nfunc f() {\n\tgo f()\n}", "without a name"},
 		{"goroutines", "raft.go", "package main\nfunc f() {\n\twg.Go(f)\n}", "without a name"},
 		{"goroutines", "raft.go", "package main\nfunc f() {\n\ttime.AfterFunc(1, f)\n}", "without a name"},
+		{"goroutines", "raft.go", "package main\nfunc f() {\n\tn.spawn(f)\n}", "without a name"},
 		{"goroutines", "raft.go", "package main\nfunc f() {\n\t// goroutine: sweeper\n\tgo f()\n}", "in no row"},
 		{"goroutines", "raft.go", "package main\nfunc f() {\n\t// goroutine: printer\n\tgo f()\n}", "in no row"},
 		{"goroutines", "raft.go", "package main\nfunc f() {\n\t// goroutine: raftNode.loop, until stop\n\tgo f()\n}", ""},

@@ -51,6 +51,11 @@ type raftNode struct {
 	log  *zap.Logger
 	met  *nodeMetrics
 
+	// The two ways in which a node touches what a simulation (sim_test.go) has to
+	// own: set before anything runs, never changed.
+	time  func() time.Time // the clock; only differences of it decide anything
+	spawn func(func())     // runs what may wait for others, beside the loop
+
 	proposeC    chan *proposal       // full: proposers wait until their deadline
 	confChangeC chan *confProposal   // unbuffered: membership changes wait their turn
 	recvC       chan *raftpb.Message // full: the message is dropped and counted
@@ -124,6 +129,9 @@ type commit struct {
 func newRaftNode(cfg Config, boot uint64, r *recovered, store logStore, snaps snapshotSource, log *zap.Logger, met *nodeMetrics) (*raftNode, error) {
 	n := &raftNode{
 		id: cfg.ID, boot: boot, cfg: cfg, log: log, met: met, store: store, snaps: snaps, applied: &wait.Index{},
+		time: time.Now,
+		// goroutine: snapshot-sent or peer-remover, whatever its caller says
+		spawn:       func(f func()) { go f() },
 		proposeC:    make(chan *proposal, proposeQueue),
 		confChangeC: make(chan *confProposal),
 		recvC:       make(chan *raftpb.Message, recvQueue),
@@ -199,10 +207,7 @@ func (n *raftNode) serveChannels() (err error) {
 		close(n.commitC)
 		close(n.doneC)
 	}()
-	n.connectPeers()
-	if m := n.members.Load().voters(); len(m) == 1 && m[0] == n.id {
-		n.warn("campaign", n.raw.Campaign()) // nobody else could lead: no need to sit out the election time-out
-	}
+	n.begin()
 	for n.removed == nil {
 		if n.busy() {
 			// Never let a steady load keep the clock out.
@@ -239,17 +244,31 @@ func (n *raftNode) serveChannels() (err error) {
 				return nil
 			}
 		}
-		n.collect()
-		n.propose()
-		n.proposeConf()
-		n.issueReads()
-		if n.raw.HasReady() {
-			if err := n.ready(); err != nil {
-				return err
-			}
+		if err := n.turn(); err != nil {
+			return err
 		}
 	}
 	return n.removed
+}
+
+// begin is what the loop does before its first turn.
+func (n *raftNode) begin() {
+	n.connectPeers()
+	if m := n.members.Load().voters(); len(m) == 1 && m[0] == n.id {
+		n.warn("campaign", n.raw.Campaign()) // nobody else could lead: no need to sit out the election time-out
+	}
+}
+
+// turn is one round of the loop, after whatever woke it.
+func (n *raftNode) turn() error {
+	n.collect()
+	n.propose()
+	n.proposeConf()
+	n.issueReads()
+	if n.raw.HasReady() {
+		return n.ready()
+	}
+	return nil
 }
 
 // busy says that there is work which no channel will announce.
@@ -364,11 +383,11 @@ func (n *raftNode) tick() {
 	n.proposeTick()
 	n.tendMembers()
 	n.complain()
-	for id, at := range n.leaving {
+	for id, at := range n.leaving { // order: does not matter, each goes by itself
 		if n.ticks >= at {
 			delete(n.leaving, id)
 			// goroutine: peer-remover
-			go n.tr.RemovePeer(types.ID(id)) // waits for a write that hangs
+			n.spawn(func() { n.tr.RemovePeer(types.ID(id)) }) // waits for a write that hangs
 		}
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -48,6 +49,7 @@ func (b *readBatch) finish(err error) {
 type readAttempt struct {
 	batch *readBatch
 	tick  uint64
+	seq   uint64 // counts the attempts
 }
 
 // While one ReadIndex is under way the next reads gather: fewer rounds measured
@@ -70,6 +72,7 @@ type readQueue struct {
 	waiting  []*readBatch // seen by the loop, no attempt under way
 	attempts map[string]readAttempt
 	issued   uint64 // tick of the last attempt
+	seq      uint64 // of the last attempt
 }
 
 // room says whether another ReadIndex may be issued at tick now.
@@ -137,7 +140,8 @@ func (n *raftNode) issueReads() {
 		q.waiting = q.waiting[1:]
 		ctx := make([]byte, 16)
 		rand.Read(ctx) // never fails (crypto/rand)
-		q.attempts[string(ctx)], q.issued = readAttempt{b, n.ticks}, n.ticks
+		q.seq++
+		q.attempts[string(ctx)], q.issued = readAttempt{b, n.ticks, q.seq}, n.ticks
 		n.met.readIndexes.Inc()
 		n.raw.ReadIndex(ctx)
 	}
@@ -175,12 +179,17 @@ func (n *raftNode) finishReads(states []raft.ReadState) {
 // of them once leadership moved, since whoever they went to leads no more.
 func (n *raftNode) retryReads(all bool) {
 	q := &n.reads
-	for ctx, a := range q.attempts { // order: does not matter, they are equal
+	var lost []readAttempt
+	for ctx, a := range q.attempts { // order: sorted below
 		if all || n.ticks-a.tick >= readRetryTicks {
 			delete(q.attempts, ctx)
-			q.waiting = append(q.waiting, a.batch)
+			lost = append(lost, a)
 			n.met.readRetries.Inc()
 		}
+	}
+	slices.SortFunc(lost, func(a, b readAttempt) int { return compare(a.seq, b.seq) })
+	for _, a := range lost {
+		q.waiting = append(q.waiting, a.batch)
 	}
 }
 
@@ -343,7 +352,7 @@ func (s *kvstore) lease(ctx context.Context, id int64, o readOptions) (leaseInfo
 	}
 	info := leaseInfo{Lease: l, remaining: l.TTL, keys: v.LeaseKeys(id, maxLeaseKeys)}
 	if c := s.node.clock.Load(); l.Deadline != 0 && c != nil {
-		info.remaining = max(0, time.Duration(l.Deadline-c.now())*time.Millisecond)
+		info.remaining = max(0, time.Duration(l.Deadline-c.read(s.node.time()))*time.Millisecond)
 	}
 	return info, nil
 }
@@ -375,39 +384,44 @@ func (s *kvstore) subscribe(f watch.Filter, initial bool) (*watch.Watcher, kv.Hi
 func (s *kvstore) dispatch(ctx context.Context) {
 	defer s.hub.Close()
 	next := s.revision.At() + 1
-	var events []kv.Event
 	for {
 		select {
 		case <-s.published:
+			next = s.fanOut(next)
 		case <-ctx.Done():
 			return
 		}
-		s.mu.RLock()
-		h := s.mu.state.History()
-		s.mu.RUnlock()
-		next = max(next, uint64(s.hub.Published())+1) // nobody wants what came before the watchers that are here
-		if uint64(h.Compacted()) >= next && s.hub.Len() > 0 {
-			s.hub.Lost()
-			next = uint64(h.Revision()) + 1
-			continue
-		}
-		// Whoever subscribes from here on has a later revision than h.
-		if s.hub.Len() > 0 {
-			h.Events(int64(next), func(e kv.Event) bool {
-				if len(events) > 0 && events[0].Revision != e.Revision {
-					s.hub.Publish(events[0].Revision, events)
-					events = nil
-				}
-				events = append(events, e)
-				return true
-			})
-			if len(events) > 0 {
-				s.hub.Publish(events[0].Revision, events)
-				events = nil
-			}
-		}
-		next = uint64(h.Revision()) + 1
 	}
+}
+
+// fanOut publishes the history from revision next on, and returns where to go on.
+func (s *kvstore) fanOut(next uint64) uint64 {
+	s.mu.RLock()
+	h := s.mu.state.History()
+	s.mu.RUnlock()
+	after := uint64(h.Revision()) + 1
+	next = max(next, uint64(s.hub.Published())+1) // nobody wants what came before the watchers that are here
+	// Whoever subscribes from here on has a later revision than h.
+	switch {
+	case s.hub.Len() == 0:
+		return after
+	case uint64(h.Compacted()) >= next:
+		s.hub.Lost()
+		return after
+	}
+	var events []kv.Event
+	h.Events(int64(next), func(e kv.Event) bool {
+		if len(events) > 0 && events[0].Revision != e.Revision {
+			s.hub.Publish(events[0].Revision, events)
+			events = nil
+		}
+		events = append(events, e)
+		return true
+	})
+	if len(events) > 0 {
+		s.hub.Publish(events[0].Revision, events)
+	}
+	return after
 }
 
 // awaitRevision returns once this member has applied revision.

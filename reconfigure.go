@@ -2,9 +2,10 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -248,7 +249,11 @@ func (n *raftNode) successor() uint64 {
 }
 
 // nextRequest draws a number that names one membership change of this node.
-func (n *raftNode) nextRequest() uint64 { return rand.Uint64() | 1 }
+func (n *raftNode) nextRequest() uint64 {
+	var b [8]byte
+	rand.Read(b[:]) // never fails (crypto/rand)
+	return binary.LittleEndian.Uint64(b[:]) | 1
+}
 
 // peerActive says whether a connection to the peer stands.
 func (n *raftNode) peerActive(id uint64) bool { return !n.tr.ActiveSince(types.ID(id)).IsZero() }

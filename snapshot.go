@@ -118,7 +118,7 @@ func (n *raftNode) sendSnapshot(m *raftpb.Message) {
 	sm := snap.NewMessage(m, f, f.size)
 	n.tr.SendSnapshot(sm)
 	// goroutine: snapshot-sent
-	go func() {
+	n.spawn(func() {
 		ok := false
 		select {
 		case ok = <-sm.CloseNotify():
@@ -130,7 +130,7 @@ func (n *raftNode) sendSnapshot(m *raftpb.Message) {
 				n.raw.ReportSnapshot(to, raft.SnapshotFailure)
 			}
 		})
-	}()
+	})
 }
 
 // install takes over a snapshot that a leader sent: its file was verified when
@@ -308,14 +308,14 @@ func (s *kvstore) snapshot() {
 	}
 	s.snapping = true
 	s.since.entries, s.since.bytes = 0, 0
-	// goroutine: snapshot-writer
-	go s.writeSnapshot(h, state)
+	s.write(h, state)
 }
 
+// writeSnapshot is the snapshot-writer: a file, its record in the log, and the
+// end of what both replace.
 func (s *kvstore) writeSnapshot(h snapHeader, state *kv.State) {
 	start := time.Now()
-	size, err := s.disk.writeSnapshot(h, state)
-	d := snapDone{header: h, size: size, err: err, purge: make(chan uint64, 1)}
+	d := s.fileSnapshot(h, state)
 	select {
 	case s.node.snapDoneC <- d:
 	case <-s.node.doneC:
@@ -323,18 +323,29 @@ func (s *kvstore) writeSnapshot(h snapHeader, state *kv.State) {
 	}
 	select {
 	case oldest := <-d.purge:
-		if oldest > 0 {
-			// What is left behind costs space, nothing else.
-			if err := s.disk.purge(oldest); err != nil {
-				s.log.Error("could not delete old snapshots and log; is the data directory writable?", zap.Error(err))
-			}
-		}
+		s.purge(oldest)
 	case <-s.node.doneC:
 		return
 	}
 	s.met.snapshotSeconds.Observe(time.Since(start).Seconds())
-	s.log.Info("snapshot written", zap.Uint64("index", h.Index), zap.Int64("bytes", size), zap.Duration("took", time.Since(start).Round(time.Millisecond)))
-	s.snapped <- size
+	s.log.Info("snapshot written", zap.Uint64("index", h.Index), zap.Int64("bytes", d.size), zap.Duration("took", time.Since(start).Round(time.Millisecond)))
+	s.snapped <- d.size
+}
+
+func (s *kvstore) fileSnapshot(h snapHeader, state *kv.State) snapDone {
+	size, err := s.disk.writeSnapshot(h, state)
+	return snapDone{header: h, size: size, err: err, purge: make(chan uint64, 1)}
+}
+
+// purge deletes what only snapshots before oldest needed; 0: nothing is to go.
+// What is left behind costs space, nothing else.
+func (s *kvstore) purge(oldest uint64) {
+	if oldest == 0 {
+		return
+	}
+	if err := s.disk.purge(oldest); err != nil {
+		s.log.Error("could not delete old snapshots and log; is the data directory writable?", zap.Error(err))
+	}
 }
 
 // restore replaces the state with that of an installed snapshot file.

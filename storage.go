@@ -438,7 +438,7 @@ func (d *diskStore) readSnapshot(index uint64) (snapHeader, *kv.State, error) {
 
 // snapFile is a snapshot file open for sending.
 type snapFile struct {
-	*os.File
+	io.ReadCloser
 	size int64
 }
 
