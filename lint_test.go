@@ -72,6 +72,8 @@ var lintEdges = []struct {
 	{"internal/bench", lintStd, false, "a client that measures: it shares nothing with the node but the API"},
 	{"internal/bench", "pontoon/api", false, "the status and the codes it decodes"},
 
+	{"internal/sim", lintStd, false, "virtual time and faults: a rule without raft"},
+
 	{"internal/wait", lintStd, false, "who waits for which result: a rule without raft"},
 
 	{"internal/watch", lintStd, false, "who gets which events: a rule without raft"},

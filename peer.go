@@ -39,6 +39,10 @@ var fromPeers = map[raftpb.MessageType]bool{
 	raftpb.MsgTimeoutNow: true, raftpb.MsgReadIndex: true, raftpb.MsgReadIndexResp: true, raftpb.MsgPreVote: true, raftpb.MsgPreVoteResp: true,
 }
 
+// forwarded are the messages that a follower passes on to the leader in their
+// sender's name: one that led a moment ago may pass them back to it.
+var forwarded = map[raftpb.MessageType]bool{raftpb.MsgProp: true, raftpb.MsgReadIndex: true, raftpb.MsgTransferLeader: true}
+
 // maxTermJump is more than elections can add while a member is away, and keeps
 // a made-up term from bringing raft's term + 1 near the end of its numbers.
 const maxTermJump = 1 << 32
@@ -76,7 +80,7 @@ func (n *raftNode) validateEnvelope(m *raftpb.Message) error {
 		return fmt.Errorf("message of type %v", m.GetType())
 	case m.GetTo() != n.id:
 		return fmt.Errorf("message for member %d reached member %d", m.GetTo(), n.id)
-	case from == 0 || from == n.id && m.GetType() != raftpb.MsgTransferLeader || raft.IsLocalMsgTarget(from):
+	case from == 0 || from == n.id && !forwarded[m.GetType()] || raft.IsLocalMsgTarget(from):
 		return fmt.Errorf("message from %d", from)
 	case m.GetTerm() > n.soft.Load().term+maxTermJump:
 		return fmt.Errorf("message of term %d", m.GetTerm())

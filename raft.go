@@ -202,11 +202,7 @@ func newRaftNode(cfg Config, boot uint64, r *recovered, store logStore, snaps sn
 func (n *raftNode) serveChannels() (err error) {
 	ticker := time.NewTicker(n.cfg.TickInterval)
 	defer ticker.Stop()
-	defer func() {
-		n.refuseAll()
-		close(n.commitC)
-		close(n.doneC)
-	}()
+	defer n.end()
 	n.begin()
 	for n.removed == nil {
 		if n.busy() {
@@ -333,18 +329,25 @@ func (n *raftNode) step(m *raftpb.Message) {
 		}
 	case raftpb.MsgAppResp:
 		// What a follower acknowledges was sent, and is on this disk since.
-		if m.GetIndex() > n.stable && !m.GetReject() {
+		if m.GetIndex() > n.stable && !m.GetReject() && n.leads(m) {
 			n.refuse(m, "it acknowledges more than this log holds")
 			return
 		}
 	case raftpb.MsgHeartbeatResp:
 		// raft would count past the reads that it knows.
-		if c := m.GetContext(); len(c) == 8 && binary.LittleEndian.Uint64(c) > n.readSent && m.GetTerm() >= n.now.term {
+		if c := m.GetContext(); len(c) == 8 && binary.LittleEndian.Uint64(c) > n.readSent && n.leads(m) {
 			n.refuse(m, "it confirms a read that was not asked")
 			return
 		}
 	}
 	n.give(m)
+}
+
+// leads says that m answers this leader. raft passes over what else comes: a
+// leader that was restarted hears answers to what it has forgotten.
+func (n *raftNode) leads(m *raftpb.Message) bool {
+	st := n.raw.BasicStatus()
+	return st.RaftState == raft.StateLeader && st.GetTerm() == m.GetTerm()
 }
 
 // give is step without the checks.
@@ -630,6 +633,13 @@ func (n *raftNode) deliver(c *commit) {
 	case <-n.stopC:
 		n.cut = true
 	}
+}
+
+// end is what the loop does after its last turn.
+func (n *raftNode) end() {
+	n.refuseAll()
+	close(n.commitC)
+	close(n.doneC)
 }
 
 // refuseAll answers everyone who still waits when the loop ends.
