@@ -112,7 +112,12 @@ func (c *cluster) tryStart(id uint64, wrap func(*diskStore) logStore) (*testNode
 			return nil, errors.Join(err, disk.close())
 		}
 	}
-	r, err := disk.load()
+	r, err := disk.loadOrStandAside(func() *membership {
+		if other := c.any(); other != nil {
+			return other.node.members.Load()
+		}
+		return disk.salvageTable()
+	})
 	if err != nil {
 		return nil, errors.Join(err, disk.close())
 	}
@@ -130,7 +135,11 @@ func (c *cluster) tryStart(id uint64, wrap func(*diskStore) logStore) (*testNode
 	n.node.tr = c.net.attach(n)
 	n.store = newKVStore(n.node, r, disk)
 	if r.snap.Index == 0 { // a joiner knows its peers from whoever let it in
-		for _, m := range c.any().node.members.Load().Members {
+		peers := founders
+		if other := c.any(); other != nil {
+			peers = other.node.members.Load()
+		}
+		for _, m := range peers.Members {
 			n.node.tr.AddPeer(types.ID(m.ID), m.PeerURLs)
 		}
 	}

@@ -217,8 +217,12 @@ func (n *raftNode) peerHandler(next http.Handler) http.Handler {
 				http.Error(w, "malformed request", http.StatusBadRequest)
 			}
 		}()
-		if r.URL.Path == clusterInfoPath {
+		switch r.URL.Path {
+		case clusterInfoPath:
 			n.serveCluster(w, r)
+			return
+		case asidePath:
+			n.serveAside(w, r)
 			return
 		}
 		// With this header any caller could make us send to any address.
@@ -363,6 +367,10 @@ func askPeer(ctx context.Context, c *http.Client, url string) (*clusterInfo, err
 	if err != nil {
 		return nil, err
 	}
+	return fetchInfo(c, req, url)
+}
+
+func fetchInfo(c *http.Client, req *http.Request, url string) (*clusterInfo, error) {
 	resp, err := c.Do(req)
 	if err != nil {
 		return nil, fmt.Errorf("no answer from %s: %w", url, err)

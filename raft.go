@@ -109,6 +109,7 @@ type raftNode struct {
 	removed       error
 	cut           bool   // a commit was not delivered: no later one may be
 	replayed      uint64 // last entry that was committed before this start
+	aside         asideState
 }
 
 // soft is what raft calls soft state, with the term it belongs to.
@@ -169,6 +170,7 @@ func newRaftNode(cfg Config, boot uint64, r *recovered, store logStore, snaps sn
 	}
 	n.stable = r.snap.Index + uint64(len(r.entries))
 	n.replayed = r.hard.GetCommit()
+	n.aside.init(r.aside)
 	n.committedTerm = r.snap.Term
 	n.progress.snapshot.Store(r.snap.Index)
 	n.progress.last.Store(n.stable)
@@ -294,6 +296,9 @@ func (n *raftNode) step(m *raftpb.Message) {
 	if _, known := n.lastSeen[m.GetFrom()]; known || n.members.Load().index(m.GetFrom()) >= 0 {
 		n.lastSeen[m.GetFrom()] = n.ticks
 	}
+	if n.aside.drops(m, n.ticks) {
+		return
+	}
 	switch m.GetType() {
 	case raftpb.MsgProp:
 		if !n.mayPropose() {
@@ -375,7 +380,9 @@ func (n *raftNode) refuse(m *raftpb.Message, why string) {
 func (n *raftNode) tick() {
 	n.ticks++
 	n.dropped = false
-	n.raw.Tick()
+	if !n.aside.stands() {
+		n.raw.Tick()
+	}
 	if n.trimDue() {
 		n.trimLog()
 	}
@@ -601,7 +608,7 @@ func (n *raftNode) persist(rd raft.Ready) error {
 		n.stable = rd.Entries[len(rd.Entries)-1].GetIndex()
 		n.progress.last.Store(n.stable)
 	}
-	return nil
+	return n.leaveAside()
 }
 
 // publish hands committed entries to the apply loop. Membership changes take

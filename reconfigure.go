@@ -234,14 +234,15 @@ func (n *raftNode) alive(id uint64) bool {
 }
 
 // successor is the member that this leader would hand over to: the voter that
-// is alive and furthest along. None if there is none or if we do not lead.
-func (n *raftNode) successor() uint64 {
+// is alive and furthest along. None if there is none or if we do not lead. It is
+// not except, which may be 0.
+func (n *raftNode) successor(except uint64) uint64 {
 	if n.now.state != raft.StateLeader {
 		return raft.None
 	}
 	best, match := raft.None, uint64(0)
 	n.raw.WithProgress(func(id uint64, typ raft.ProgressType, pr tracker.Progress) {
-		if id != n.id && typ == raft.ProgressTypePeer && n.alive(id) && n.peerActive(id) && (best == raft.None || pr.Match > match) {
+		if id != n.id && id != except && typ == raft.ProgressTypePeer && n.alive(id) && n.peerActive(id) && (best == raft.None || pr.Match > match) {
 			best, match = id, pr.Match
 		}
 	})
@@ -465,7 +466,7 @@ func (s *kvstore) handOver(ctx context.Context) {
 		changed := s.node.leaderChange()
 		led := false
 		err := s.node.do(ctx, func() {
-			if to := s.node.successor(); to != raft.None {
+			if to := s.node.successor(raft.None); to != raft.None {
 				led = true
 				s.node.raw.TransferLeader(to)
 			}

@@ -8,7 +8,6 @@ import (
 	"net/http"
 	"net/http/pprof"
 	"net/url"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -20,7 +19,6 @@ import (
 	"go.etcd.io/etcd/server/v3/etcdserver/api/rafthttp"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/snap"
 	stats "go.etcd.io/etcd/server/v3/etcdserver/api/v2stats"
-	"go.etcd.io/etcd/server/v3/storage/wal"
 	"go.uber.org/zap"
 )
 
@@ -54,7 +52,7 @@ func newServer(ctx context.Context, cfg Config, log *zap.Logger) (_ *server, err
 	// an open port that does not answer yet would keep them waiting.
 	// And whoever waits to be let in does not look like a member that hangs.
 	var joining *membership
-	if !wal.Exist(filepath.Join(cfg.DataDir, "wal")) && !wal.Exist(filepath.Join(cfg.DataDir, "wal.old")) {
+	if !holdsMember(cfg.DataDir) {
 		if cfg.Join {
 			joining, err = s.join(ctx)
 		} else {
@@ -125,7 +123,12 @@ func (s *server) recover(ctx context.Context, joining *membership) (*recovered, 
 			return nil, nil, err
 		}
 	}
-	r, err := s.disk.load()
+	r, err := s.disk.loadOrStandAside(func() *membership {
+		if m := askTable(ctx, s.cfg); m != nil {
+			return m
+		}
+		return s.disk.salvageTable()
+	})
 	if err != nil {
 		return nil, nil, err
 	}
@@ -139,6 +142,9 @@ func (s *server) recover(ctx context.Context, joining *membership) (*recovered, 
 		if err := s.checkCluster(ctx, table); err != nil {
 			return nil, nil, err
 		}
+	case r.aside != nil: // it learns of others when it asks them to hand over
+		table = bootstrapMembership(s.cfg.ClusterToken, s.cfg.Cluster)
+		table.ClusterID = r.meta.ClusterID
 	case table == nil: // a joiner that was stopped before its first snapshot
 		if table, err = s.join(ctx); err != nil {
 			return nil, nil, err
@@ -290,6 +296,10 @@ func (s *server) run(ctx context.Context) error {
 	go func() { serving <- s.peer.Serve(s.peerListener) }()
 	// goroutine: client-server
 	go func() { serving <- s.client.Serve(s.clientListener) }()
+	if s.node.aside.stands() {
+		// goroutine: aside-asker
+		go s.askToYield(watch)
+	}
 	if s.cfg.AdvertiseClient != "" {
 		// goroutine: announcer
 		go s.announce(watch)

@@ -123,6 +123,7 @@ func (s *kvstore) checks() []check {
 	return append(out,
 		check{"not shutting down", stopping},
 		check{"voter", member},
+		check{"log whole", s.node.aside.err()},
 		check{"linearizable read", s.linearize(ctx)},
 	)
 }

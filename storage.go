@@ -2,10 +2,13 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -52,16 +55,33 @@ var errDurability = errors.New("the disk failed")
 // errRefuse marks a data directory that this process must not use.
 var errRefuse = errors.New("refusing to start")
 
+// errDamaged marks, with errRefuse, a log or snapshots that lost or changed what
+// was on disk. A member of a large enough cluster may stand aside (aside.go).
+var errDamaged = errors.New("damaged")
+
+// damaged is a refusal because of what d.load found.
+func damaged(format string, args ...any) error {
+	return &damageError{fmt.Errorf(format+"; %s", append(args, replaceHint)...)}
+}
+
+type damageError struct{ error }
+
+func (e *damageError) Error() string   { return errRefuse.Error() + ": " + e.error.Error() }
+func (e *damageError) Unwrap() []error { return []error{errRefuse, errDamaged, e.error} }
+
 // diskStore keeps one member's files:
 //
 //	LOCK           held while a process runs; says which
 //	boots          how often a process was started here (see kv.Batch.Boot)
-//	synced         how far the log was synced (see synced.go)
+//	synced         how far the log was synced, and whose it is (see synced.go)
 //	removed        present once this member was removed: it never starts again
+//	aside          present while this member stands aside (see aside.go)
+//	damaged-<n>/   what it had before it stood aside, for a look
 //	wal/           the raft log, in segments of 64 MB
 //	snap/          <index, 16 hex digits>.snap.db, see kv.WriteSnapshot
 type diskStore struct {
 	dir  string
+	id   uint64
 	keep int
 	log  *zap.Logger
 	lock *fileutil.LockedFile
@@ -71,6 +91,7 @@ type diskStore struct {
 	ahead    zeroAhead
 	mark     *os.File // the file synced
 	marked   syncMark // what it holds
+	owner    owner    // the same: whose log it is; zero until the first load
 	recorded []uint64 // snapshots that the log vouches for, oldest first
 
 	// swap keeps purge, which runs beside the loop, from deleting segments by
@@ -103,6 +124,7 @@ type recovered struct {
 	entries []*raftpb.Entry
 	snap    snapHeader // Index 0: none yet, a joiner that waits for its first
 	state   *kv.State
+	aside   *aside // nil: this member votes
 }
 
 // table is the member table after everything this log knows to be committed. It
@@ -132,7 +154,7 @@ func openDataDir(dir string, id uint64, keep int, log *zap.Logger) (*diskStore, 
 	if err := os.MkdirAll(filepath.Join(dir, "snap"), 0o700); err != nil {
 		return nil, fmt.Errorf("data directory: %w; choose another with --data-dir", err)
 	}
-	d := &diskStore{dir: dir, keep: keep, log: log}
+	d := &diskStore{dir: dir, id: id, keep: keep, log: log}
 	path := filepath.Join(dir, "LOCK")
 	deadline := time.Now().Add(3 * time.Second)
 	for {
@@ -154,10 +176,13 @@ func openDataDir(dir string, id uint64, keep int, log *zap.Logger) (*diskStore, 
 	if err := errors.Join(d.lock.Truncate(0), writeAt(d.lock.File, who)); err != nil {
 		return nil, errors.Join(fmt.Errorf("data directory: %w", err), d.close())
 	}
+	// A file that is there and cannot be read says the same as one that can.
 	if reason, err := os.ReadFile(filepath.Join(dir, "removed")); err == nil {
 		return nil, errors.Join(fmt.Errorf("%w: %s", errRefuse, strings.TrimSpace(string(reason))), d.close())
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return nil, errors.Join(fmt.Errorf("%w: this member may have been removed: %w; repair the disk or choose another --data-dir", errRefuse, err), d.close())
 	}
-	if err := d.clean(); err != nil {
+	if err := errors.Join(d.clean(), d.resumeAside()); err != nil {
 		return nil, errors.Join(fmt.Errorf("data directory: %w", err), d.close())
 	}
 	return d, nil
@@ -172,12 +197,12 @@ func writeAt(f *os.File, s string) error {
 // SaveDBFrom leaves tmp*, S2), a log being created.
 func (d *diskStore) clean() error {
 	// install was cut short between its two renames: the new log is complete.
-	if _, err := os.Stat(filepath.Join(d.dir, "wal.old")); err == nil && !d.exists() {
+	if _, err := os.Stat(filepath.Join(d.dir, "wal.old")); err == nil && !wal.Exist(d.walDir()) {
 		if err := errors.Join(os.Rename(filepath.Join(d.dir, "wal.new"), d.walDir()), syncDir(d.dir)); err != nil {
 			return err
 		}
 	}
-	for _, pattern := range []string{"snap/*.tmp", "snap/tmp*", "wal.new", "wal.new.tmp", "wal.old", "boots.tmp", "removed.tmp",
+	for _, pattern := range []string{"snap/*.tmp", "snap/tmp*", "wal.new", "wal.new.tmp", "wal.old", "boots.tmp", "removed.tmp", "synced.tmp", "aside.tmp",
 		"wal/*.tmp"} { // the wal package would write over one that a crash left, and leave its end
 		names, err := filepath.Glob(filepath.Join(d.dir, pattern))
 		if err != nil {
@@ -192,20 +217,45 @@ func (d *diskStore) clean() error {
 	return nil
 }
 
-// nextBoot counts this start, durably, before the first proposal carries it.
+// nextBoot counts this start, durably, before the first proposal carries it. A
+// number that was used before would make the replay windows of all members take
+// new batches for old ones.
 func (d *diskStore) nextBoot() (uint64, error) {
 	path := filepath.Join(d.dir, "boots")
+	const hint = "write a number there that is larger than ever before, such as"
 	var boots uint64
 	switch b, err := os.ReadFile(path); {
 	case err == nil:
-		if boots, err = strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64); err != nil {
-			return 0, fmt.Errorf("%w: %s is damaged: it must hold one number; write one there that is larger than ever before, such as %d", errRefuse, path, time.Now().Unix())
+		// Without a checksum: by an operator, or by version 0.1.0.
+		text, err := unseal(b)
+		if line, ok := strings.CutSuffix(string(b), "\n"); err != nil && ok {
+			text, err = line, nil
 		}
-	case !errors.Is(err, os.ErrNotExist):
+		if err == nil {
+			boots, err = strconv.ParseUint(text, 10, 64)
+		}
+		if err != nil {
+			return 0, fmt.Errorf("%w: %s is damaged; %s %d", errRefuse, path, hint, time.Now().Unix())
+		}
+	case !errors.Is(err, fs.ErrNotExist):
 		return 0, err
+	case d.exists():
+		return 0, fmt.Errorf("%w: %s is missing; %s %d", errRefuse, path, hint, time.Now().Unix())
 	}
 	boots++
-	return boots, writeFileSync(path, strconv.FormatUint(boots, 10)+"\n")
+	return boots, writeFileSync(path, seal(strconv.FormatUint(boots, 10)))
+}
+
+// seal adds a checksum to the one line of a small file; unseal takes it off.
+func seal(line string) string {
+	return fmt.Sprintf("%s %08x\n", line, crc32.Checksum([]byte(line), castagnoli))
+}
+
+func unseal(b []byte) (string, error) {
+	if at := bytes.LastIndexByte(b, ' '); at >= 0 && seal(string(b[:at])) == string(b) {
+		return string(b[:at]), nil
+	}
+	return "", errNotOurs
 }
 
 // markRemoved makes sure that a removed member never starts again from this
@@ -245,7 +295,21 @@ func (d *diskStore) snapPath(index uint64) string {
 }
 
 // exists says whether this directory already holds a member.
-func (d *diskStore) exists() bool { return wal.Exist(d.walDir()) }
+func (d *diskStore) exists() bool { return holdsMember(d.dir) }
+
+// holdsMember: a log, or one being replaced, or the word of synced that there was
+// one. A member whose log is gone must not found itself anew: it has voted.
+func holdsMember(dir string) bool {
+	if wal.Exist(filepath.Join(dir, "wal")) || wal.Exist(filepath.Join(dir, "wal.old")) {
+		return true
+	}
+	b, err := os.ReadFile(filepath.Join(dir, "synced"))
+	if errors.Is(err, fs.ErrNotExist) || len(b) == 0 {
+		return false
+	}
+	m, _, err := decodeSyncMark(b)
+	return err != nil || m != syncMark{}
+}
 
 // quiet lets the libraries' loggers speak only of errors, and of each kind once
 // in ten seconds: what they report as information is not news to an operator,
@@ -268,6 +332,29 @@ func quiet(log *zap.Logger) *zap.Logger {
 // empty.
 func (d *diskStore) bootstrap(id uint64, m *membership, joined bool) error {
 	meta := walMetadata{Version: 1, ClusterID: m.ClusterID, MemberID: id, Joined: joined}
+	if err := errors.Join(writeFileSync(filepath.Join(d.dir, "boots"), seal("0")), syncDir(filepath.Dir(d.dir))); err != nil {
+		return fmt.Errorf("%w: create log: %w", errDurability, err)
+	}
+	return d.createLog(meta, func(w *wal.WAL) error {
+		if joined {
+			return nil
+		}
+		state := kv.NewState()
+		state.SetApplied(1)
+		return errors.Join(
+			second(d.writeSnapshot(snapHeader{Index: 1, Term: 1, Members: m}, state)),
+			w.SaveSnapshot(&walpb.Snapshot{Index: new(uint64(1)), Term: new(uint64(1)), ConfState: m.confState()}),
+			w.Save(&raftpb.HardState{Term: new(uint64(1)), Vote: new(uint64(0)), Commit: new(uint64(1))}, nil))
+	})
+}
+
+// createLog puts a log in place that begins with what fill writes, or nothing.
+func (d *diskStore) createLog(meta walMetadata, fill func(*wal.WAL) error) (err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("%w: create log: %w", errDurability, err)
+		}
+	}()
 	b, err := json.Marshal(meta)
 	if err != nil {
 		return err
@@ -275,46 +362,36 @@ func (d *diskStore) bootstrap(id uint64, m *membership, joined bool) error {
 	tmp := filepath.Join(d.dir, "wal.new")
 	w, err := wal.Create(quiet(d.log), tmp, b)
 	if err != nil {
-		return fmt.Errorf("%w: create log: %w", errDurability, err)
+		return err
 	}
-	if !joined {
-		state := kv.NewState()
-		state.SetApplied(1)
-		if _, err := d.writeSnapshot(snapHeader{Index: 1, Term: 1, Members: m}, state); err != nil {
-			return errors.Join(err, w.Close())
-		}
-		err = errors.Join(
-			w.SaveSnapshot(&walpb.Snapshot{Index: new(uint64(1)), Term: new(uint64(1)), ConfState: m.confState()}),
-			w.Save(&raftpb.HardState{Term: new(uint64(1)), Vote: new(uint64(0)), Commit: new(uint64(1))}, nil))
+	// The wal package syncs its first file, and not that file's name.
+	if err := errors.Join(fill(w), w.Close(), syncDir(tmp)); err != nil {
+		return err
 	}
-	if err = errors.Join(err, w.Close()); err != nil {
-		return fmt.Errorf("%w: create log: %w", errDurability, err)
-	}
-	if err := os.Rename(tmp, d.walDir()); err != nil {
-		return fmt.Errorf("%w: create log: %w", errDurability, err)
-	}
-	return syncDir(d.dir)
+	return errors.Join(os.Rename(tmp, d.walDir()), syncDir(d.dir))
 }
+
+func second[T any](_ T, err error) error { return err }
 
 // load reads the newest snapshot that the log vouches for and that is whole,
 // then the log after it, and opens the log for appending.
 func (d *diskStore) load() (*recovered, error) {
-	scan, err := d.scanLog()
-	if err != nil {
-		return nil, fmt.Errorf("%w: the log in %s is damaged: %w; %s", errRefuse, d.walDir(), err, replaceHint)
-	}
 	if err := d.openMark(); err != nil {
 		return nil, err
 	}
-	if err := scan.end.covers(d.marked); err != nil {
-		return nil, fmt.Errorf("%w: the log in %s is damaged: %w; %s", errRefuse, d.walDir(), err, replaceHint)
+	scan, err := d.scanLog()
+	if err == nil {
+		err = scan.end.covers(d.marked)
 	}
-	d.meta = scan.meta
+	if err != nil {
+		return nil, damaged("the log in %s is damaged: %w", d.walDir(), err)
+	}
+	d.meta, d.recorded = scan.meta, nil
 	r := &recovered{state: kv.NewState()}
 	start := &walpb.Snapshot{}
-	var damaged []error
+	var unusable []error
 	for _, e := range scan.snapshots {
-		if _, err := os.Stat(d.snapPath(e.GetIndex())); err == nil { // else it was purged
+		if _, err := os.Stat(d.snapPath(e.GetIndex())); err == nil && !slices.Contains(d.recorded, e.GetIndex()) { // else it was purged
 			d.recorded = append(d.recorded, e.GetIndex())
 		}
 	}
@@ -327,7 +404,7 @@ func (d *diskStore) load() (*recovered, error) {
 			err = fmt.Errorf("%s holds index %d term %d, the log expects term %d", d.snapPath(e.GetIndex()), h.Index, h.Term, e.GetTerm())
 		}
 		if err != nil {
-			damaged = append(damaged, err)
+			unusable = append(unusable, err)
 			d.recorded = slices.DeleteFunc(d.recorded, func(i uint64) bool { return i == e.GetIndex() })
 			d.log.Error("snapshot unusable, trying the one before", zap.Uint64("index", e.GetIndex()), zap.Error(err))
 			continue
@@ -335,8 +412,8 @@ func (d *diskStore) load() (*recovered, error) {
 		r.snap, r.state, start = h, state, e
 		break
 	}
-	if r.snap.Index == 0 && len(damaged) > 0 {
-		return nil, fmt.Errorf("%w: no usable snapshot: %w; %s", errRefuse, errors.Join(damaged...), replaceHint)
+	if r.snap.Index == 0 && len(unusable) > 0 {
+		return nil, damaged("no usable snapshot: %w", errors.Join(unusable...))
 	}
 	if err := d.openLog(start, r); err != nil {
 		return nil, err
@@ -349,7 +426,11 @@ func (d *diskStore) load() (*recovered, error) {
 	if err := d.wal.Sync(); err != nil {
 		return nil, fmt.Errorf("%w: sync log: %w", errDurability, err)
 	}
-	return r, d.setMark(scan.end)
+	if err := errors.Join(d.own(owner{r.meta.ClusterID, r.meta.MemberID}), d.setMark(scan.end)); err != nil {
+		return nil, fmt.Errorf("%w: write %s: %w", errDurability, filepath.Join(d.dir, "synced"), err)
+	}
+	r.aside, err = d.loadAside(r)
+	return r, err
 }
 
 // unpanicked turns a panic of the wal package into an error: it trusts a record
@@ -369,7 +450,7 @@ func (d *diskStore) openLog(start *walpb.Snapshot, r *recovered) error {
 	for repaired := false; ; repaired = true {
 		w, err := wal.Open(quiet(d.log), d.walDir(), start)
 		if err != nil {
-			return fmt.Errorf("%w: the log in %s cannot be opened: %w; %s", errRefuse, d.walDir(), err, replaceHint)
+			return damaged("the log in %s cannot be opened: %w", d.walDir(), err)
 		}
 		var meta []byte
 		var hard *raftpb.HardState
@@ -391,7 +472,7 @@ func (d *diskStore) openLog(start *walpb.Snapshot, r *recovered) error {
 		// A write that a crash cut short ends the last segment: what it
 		// held was never acknowledged, so it may go.
 		if repaired || !errors.Is(err, io.ErrUnexpectedEOF) || !wal.Repair(quiet(d.log), d.walDir()) {
-			return fmt.Errorf("%w: the log in %s is damaged: %w; %s", errRefuse, d.walDir(), err, replaceHint)
+			return damaged("the log in %s is damaged: %w", d.walDir(), err)
 		}
 		d.log.Warn("the log ended in a write that a crash cut short; repaired", zap.String("dir", d.walDir()))
 	}
@@ -402,15 +483,15 @@ func (d *diskStore) checkRecovered(r *recovered) error {
 	last := r.snap.Index
 	for _, e := range r.entries {
 		if e.GetIndex() != last+1 {
-			return fmt.Errorf("%w: the log in %s misses entry %d; %s", errRefuse, d.walDir(), last+1, replaceHint)
+			return damaged("the log in %s misses entry %d", d.walDir(), last+1)
 		}
 		last = e.GetIndex()
 	}
 	if c := r.hard.GetCommit(); c > last || (c < r.snap.Index && r.snap.Index > 0) {
-		return fmt.Errorf("%w: the log in %s ends at entry %d, but entry %d was committed; %s", errRefuse, d.walDir(), last, c, replaceHint)
+		return damaged("the log in %s ends at entry %d, but entry %d was committed", d.walDir(), last, c)
 	}
 	if r.snap.Index == 0 && !r.meta.Joined {
-		return fmt.Errorf("%w: the log in %s has no snapshot to start from; %s", errRefuse, d.walDir(), replaceHint)
+		return damaged("the log in %s has no snapshot to start from", d.walDir())
 	}
 	return nil
 }
@@ -609,7 +690,7 @@ func (d *diskStore) install(m *raftpb.SnapshotMetadata, hs *raftpb.HardState, en
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(w.SaveSnapshot(walSnapshot(m)), w.Save(hs, ents), w.Sync(), w.Close()); err != nil {
+	if err := errors.Join(w.SaveSnapshot(walSnapshot(m)), w.Save(hs, ents), w.Sync(), w.Close(), syncDir(fresh)); err != nil {
 		return err
 	}
 	if err := errors.Join(d.lowerMark(), d.wal.Close()); err != nil {

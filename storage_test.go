@@ -101,8 +101,6 @@ func writeLog(t *testing.T, last uint64, snaps ...uint64) written {
 	return w
 }
 
-func second[T any](_ T, err error) error { return err }
-
 func applyTo(t *testing.T, state *kv.State, e *raftpb.Entry) {
 	t.Helper()
 	var b kv.Batch
@@ -208,12 +206,12 @@ func TestBootsGrow(t *testing.T) {
 			t.Fatalf("boot %d, %v, want %d", got, err, want)
 		}
 		// The next one must see it even if this process ends here.
-		if b, err := os.ReadFile(filepath.Join(dir, "boots")); err != nil || string(b) != fmt.Sprintln(want) {
+		if b, err := os.ReadFile(filepath.Join(dir, "boots")); err != nil || string(b) != seal(fmt.Sprint(want)) {
 			t.Fatalf("boots file: %q %v", b, err)
 		}
 		d.mustClose(t)
 	}
-	for _, damage := range []string{"", "x", "-1", "1 2", "99999999999999999999", "\x00\x00"} {
+	for _, damage := range []string{"", "x\n", "-1\n", "1", "1 2\n", "99999999999999999999\n", "\x00\x00", seal("x"), strings.Replace(seal("7"), "7", "6", 1), seal("12")[1:]} {
 		if err := os.WriteFile(filepath.Join(dir, "boots"), []byte(damage), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -779,7 +777,7 @@ func TestPurgeBesideInstall(t *testing.T) {
 		if err := <-purged; err != nil {
 			t.Log(err) // it costs space, nothing else
 		}
-		if !d.exists() {
+		if !wal.Exist(d.walDir()) {
 			t.Fatalf("attempt %d: the purge deleted the new log", attempt)
 		}
 		d.mustClose(t)

@@ -1,0 +1,353 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"go.etcd.io/raft/v3"
+	"go.etcd.io/raft/v3/raftpb"
+)
+
+// damages are ways to lose what was synced, done to a member that is stopped.
+var damages = map[string]func(t *testing.T, d *diskStore){
+	"the end of the log": func(t *testing.T, d *diskStore) {
+		names := segments(t, d.dir)
+		rewrite(t, names[len(names)-1], func(b []byte) []byte {
+			size := len(used(t, names[len(names)-1]))
+			clear(b[size*2/3:])
+			return b
+		})
+	},
+	"a bit of the log": func(t *testing.T, d *diskStore) {
+		names := segments(t, d.dir)
+		rewrite(t, names[len(names)-1], func(b []byte) []byte {
+			b[len(used(t, names[len(names)-1]))/2] ^= 4
+			return b
+		})
+	},
+	"all snapshots": func(t *testing.T, d *diskStore) {
+		files, err := d.snapshotFiles()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range files {
+			rewrite(t, d.snapPath(f), func(b []byte) []byte { return b[:len(b)/2] })
+		}
+	},
+	"the whole log": func(t *testing.T, d *diskStore) {
+		if err := os.RemoveAll(d.walDir()); err != nil {
+			t.Fatal(err)
+		}
+	},
+	"log and snapshots": func(t *testing.T, d *diskStore) {
+		if err := errors.Join(os.RemoveAll(d.walDir()), os.RemoveAll(d.snapDir())); err != nil {
+			t.Fatal(err)
+		}
+	},
+}
+
+// A member whose disk lost something heals by itself, under load, and nothing that
+// was acknowledged is lost.
+func TestStandAsideAndHeal(t *testing.T) {
+	smallSegments(t, 1<<20)
+	for name, damage := range damages {
+		t.Run(name, func(t *testing.T) {
+			c := newCluster(t, 3, nil)
+			l, f := c.leader(), c.follower()
+			l.fill("before", 50)
+			c.check()
+			c.stop(f.id)
+			damage(t, f.disk)
+			acked := make(chan []string)
+			healed := make(chan struct{})
+			go func() { acked <- l.putUntil(healed) }()
+			f = c.start(f.id)
+			if !f.node.aside.stands() || f.store.readyAside() == nil {
+				t.Fatal("it starts as if nothing had happened")
+			}
+			c.wait("it to vote again", func() bool { return !f.node.aside.stands() })
+			close(healed)
+			for _, key := range <-acked {
+				f.mustGet(key, key)
+			}
+			f.mustGet("before00049", strings.Repeat("x", 100))
+			c.check()
+			if got, want := f.stateHash(), c.leader().stateHash(); got != want {
+				t.Error("the states differ")
+			}
+			if _, err := os.Stat(filepath.Join(f.cfg.DataDir, "aside")); err == nil {
+				t.Error("the file is left")
+			}
+			c.stop(f.id)
+			f = c.start(f.id) // as any other
+			if f.node.aside.stands() {
+				t.Error("it stands aside again after a restart")
+			}
+			c.check()
+		})
+	}
+}
+
+// putUntil writes until end is closed and returns what was acknowledged. While
+// leadership moves a write may be refused.
+func (n *testNode) putUntil(end <-chan struct{}) (acked []string) {
+	for i := 0; ; i++ {
+		select {
+		case <-end:
+			return acked
+		default:
+		}
+		key := fmt.Sprint("during", i)
+		_, err := n.store.put(n.c.ctx(), key, []byte(key))
+		if err == nil {
+			acked = append(acked, key)
+		} else if !errors.Is(err, errNoLeader) && !errors.Is(err, errCommitTimeout) {
+			n.c.t.Errorf("put: %v", err)
+		}
+	}
+}
+
+// readyAside is the check of /readyz that tells of it.
+func (s *kvstore) readyAside() error {
+	for _, c := range s.checks() {
+		if c.name == "log whole" {
+			return c.err
+		}
+	}
+	return nil
+}
+
+// An entry is acknowledged by A and B only, B loses it, and A is cut off. B and C
+// are two of three: they must not elect a leader that never had the entry.
+func TestNoLossWithTheOnlyCopyElsewhere(t *testing.T) {
+	smallSegments(t, 1<<20)
+	for _, name := range []string{"the end of the log", "the whole log"} {
+		t.Run(name, func(t *testing.T) {
+			c := newCluster(t, 3, nil)
+			a := c.leader()
+			c.check()
+			b, other := c.nodes[a.id%3+1], c.nodes[(a.id+1)%3+1]
+			c.isolate(other.id, true)
+			a.mustPut("only here", "v")
+			c.stop(b.id)
+			c.isolate(a.id, true)
+			c.net.partition(a.id, b.id, true) // it is no member that runs
+			damages[name](t, b.disk)
+			b = c.start(b.id)
+			c.net.partition(b.id, other.id, false)
+
+			// They talk, and C campaigns again and again.
+			campaigns := 0
+			seen := make(chan struct{}, 1<<10)
+			c.net.dropIf(func(m *raftpb.Message) bool {
+				if m.GetFrom() == other.id && m.GetTo() == b.id && (m.GetType() == raftpb.MsgPreVote || m.GetType() == raftpb.MsgVote) {
+					select {
+					case seen <- struct{}{}:
+					default:
+					}
+				}
+				return false
+			})
+			for campaigns < 5 {
+				<-seen
+				campaigns++
+				if err := other.node.do(c.ctx(), func() { other.node.warn("campaign", other.node.raw.Campaign()) }); err != nil {
+					t.Fatal(err)
+				}
+				for _, n := range []*testNode{b, other} {
+					if l := n.store.leader(); l == b.id || l == other.id {
+						t.Fatalf("members %d and %d elected %d, which never had the entry", b.id, other.id, l)
+					}
+				}
+			}
+			c.net.dropIf(nil)
+			c.isolate(a.id, false)
+			c.leader()
+			a.mustGet("only here", "v")
+			c.wait("it to vote again", func() bool { return !b.node.aside.stands() })
+			b.mustGet("only here", "v")
+			c.check()
+		})
+	}
+}
+
+// A leader that counts what is lost is refused until another was elected without
+// this member: A leads, B loses an entry that only they have, and C comes back.
+// If B followed A in the same term, A would count B for what it does not have.
+func TestOldLeaderIsNotFollowed(t *testing.T) {
+	smallSegments(t, 1<<20)
+	c := newCluster(t, 3, nil)
+	a := c.leader()
+	c.check()
+	b, other := c.nodes[a.id%3+1], c.nodes[(a.id+1)%3+1]
+	term := a.node.soft.Load().term
+	c.isolate(other.id, true)
+	a.mustPut("k", "v")
+	c.stop(b.id)
+	damages["the end of the log"](t, b.disk)
+	b = c.start(b.id)
+	if got := b.node.aside.term.Load(); got != term {
+		t.Fatalf("stands aside up to term %d, its promises went up to %d", got, term)
+	}
+	c.isolate(other.id, false)
+	c.wait("it to vote again", func() bool { return !b.node.aside.stands() })
+	if err := b.node.do(c.ctx(), func() {
+		last, err := b.node.mem.Term(b.node.stable)
+		if err != nil || last <= term {
+			t.Errorf("it votes again with a log that ends in term %d, %v", last, err)
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	b.mustGet("k", "v")
+	c.check()
+}
+
+// It stands aside until it has caught up, over restarts and over more damage.
+func TestStandsAsideOverRestarts(t *testing.T) {
+	smallSegments(t, 1<<20)
+	c := newCluster(t, 3, nil)
+	c.leader().fill("k", 20)
+	c.check()
+	f := c.follower()
+	c.stop(f.id)
+	damages["the whole log"](t, f.disk)
+	var term uint64
+	for round := range 4 {
+		f = c.startCut(f.id)
+		got := f.node.aside.term.Load()
+		if got == 0 {
+			t.Fatalf("round %d: it votes", round)
+		}
+		if term != 0 && got < term {
+			t.Fatalf("round %d: it stands aside up to term %d, before up to %d", round, got, term)
+		}
+		term = got
+		c.stop(f.id)
+		if round == 1 {
+			damages["a bit of the log"](t, f.disk)
+		}
+	}
+	dirs, err := filepath.Glob(filepath.Join(f.cfg.DataDir, "damaged-*"))
+	if err != nil || len(dirs) != 1 {
+		t.Errorf("of what was damaged is kept: %v, %v; want the newest", dirs, err)
+	}
+	c.isolate(f.id, false)
+	f = c.start(f.id)
+	c.wait("it to vote again", func() bool { return !f.node.aside.stands() })
+	c.check()
+}
+
+// startCut starts a member that nobody can reach.
+func (c *cluster) startCut(id uint64) *testNode {
+	c.isolate(id, true)
+	return c.start(id)
+}
+
+// With fewer than three voters nobody else has all that was committed.
+func TestTooFewVotersStandAside(t *testing.T) {
+	smallSegments(t, 1<<20)
+	for _, voters := range []int{1, 2} {
+		c := newCluster(t, voters, nil)
+		c.leader().mustPut("k", "v")
+		c.check()
+		c.stop(uint64(voters))
+		d := openTestDir2(t, c.config(uint64(voters)).DataDir, uint64(voters))
+		damages["the end of the log"](t, d)
+		d.mustClose(t)
+		for range 2 {
+			_, err := c.tryStart(uint64(voters), nil)
+			if !errors.Is(err, errRefuse) || !strings.Contains(err.Error(), fmt.Sprintf("of %d voters", voters)) || !strings.Contains(err.Error(), "it takes 3") {
+				t.Errorf("%d voters: %v", voters, err)
+			}
+		}
+		if _, err := os.Stat(d.walDir()); err != nil {
+			t.Errorf("%d voters: the log was touched: %v", voters, err)
+		}
+	}
+}
+
+func openTestDir2(t *testing.T, dir string, id uint64) *diskStore {
+	t.Helper()
+	d, err := openDataDir(dir, id, 2, quietLog)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// A crash at any step of standing aside leaves a member that stands aside.
+func TestStandAsideInterrupted(t *testing.T) {
+	smallSegments(t, 1<<16)
+	w := writeLog(t, 30, 20)
+	three := bootstrapMembership("x", []clusterURL{{1, testURL(1)}, {2, testURL(2)}, {3, testURL(3)}})
+	three.ClusterID = soleFounder().ClusterID
+	rewrite(t, segments(t, w.dir)[0], func(b []byte) []byte { clear(b[len(used(t, segments(t, w.dir)[0]))-600:]); return b })
+	for steps := 0; ; steps++ {
+		dir := image(t, w.dir)
+		d := openTestDir(t, dir)
+		if err := d.openMark(); err != nil {
+			t.Fatal(err)
+		}
+		a := &asideFile{Term: d.marked.hardTerm, Cluster: d.owner.cluster, Member: d.owner.member, Number: 1}
+		if err := d.writeAside(a); err != nil {
+			t.Fatal(err)
+		}
+		all := d.asideSteps(a)
+		if steps > len(all) {
+			break
+		}
+		for _, step := range all[:steps] {
+			if err := step(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		dir = image(t, dir)
+		d.mustClose(t)
+		for range 2 {
+			d := openTestDir(t, dir)
+			r, err := d.loadOrStandAside(func() *membership { return three })
+			if err != nil {
+				t.Fatalf("after %d steps: %v", steps, err)
+			}
+			if r.aside == nil || r.aside.term != 1 || r.snap.Index != 0 || len(r.entries) > 0 || r.hard.GetTerm() != 2 || r.meta.ClusterID != three.ClusterID {
+				t.Errorf("after %d steps: %+v, hard state %v, %d entries", steps, r.aside, r.hard, len(r.entries))
+			}
+			d.mustClose(t)
+			for _, kept := range []string{"wal", "snap"} {
+				if _, err := os.Stat(filepath.Join(dir, "damaged-1", kept)); err != nil {
+					t.Errorf("after %d steps: %v", steps, err)
+				}
+			}
+		}
+	}
+}
+
+// Nobody hands leadership to the member that cannot take it, nor for a newer term.
+func TestYieldTo(t *testing.T) {
+	c := newCluster(t, 3, nil)
+	c.check()
+	for range 3 {
+		l, f := c.leader(), c.follower()
+		term := l.node.soft.Load().term
+		before := term
+		if err := l.node.do(c.ctx(), func() { l.node.yieldTo(asideRequest{f.id, term - 1}) }); err != nil {
+			t.Fatal(err)
+		}
+		l.mustPut("k", "v")
+		if now := c.leader().node.soft.Load(); now.lead != l.id || now.term != before {
+			t.Fatalf("it handed over in term %d because of term %d", before, before-1)
+		}
+		if err := l.node.do(c.ctx(), func() { l.node.yieldTo(asideRequest{f.id, term}) }); err != nil {
+			t.Fatal(err)
+		}
+		c.wait("another leader", func() bool { s := f.node.soft.Load(); return s.lead != raft.None && s.lead != l.id })
+		if now := f.node.soft.Load(); now.lead == f.id || now.term <= term {
+			t.Fatalf("member %d, which asked, leads in term %d, before %d", now.lead, now.term, term)
+		}
+	}
+}
