@@ -1279,6 +1279,42 @@ func TestPurge(t *testing.T) {
 	}
 }
 
+// A purged snapshot becomes the file of the next one, which may be shorter.
+func TestPurgedSnapshotIsWrittenOver(t *testing.T) {
+	d := openTestDir(t, t.TempDir())
+	state := kv.NewState()
+	write := func(index uint64, state *kv.State) {
+		t.Helper()
+		e := entry(index, 1)
+		e.Data = testBatch("key", "value")
+		applyTo(t, state, e)
+		if _, err := d.writeSnapshot(snapHeader{Index: index, Term: 1, Members: soleFounder()}, state); err != nil {
+			t.Fatal(err)
+		}
+	}
+	long := kv.NewState()
+	e := entry(1, 1)
+	e.Data = testBatch("long", strings.Repeat("x", 10_000))
+	applyTo(t, long, e)
+	write(2, long)
+	before, err := os.Stat(d.snapPath(2))
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(3, state)
+	if err := d.purge(3); err != nil {
+		t.Fatal(err)
+	}
+	write(4, state)
+	after, err := os.Stat(d.snapPath(4))
+	if err != nil || !os.SameFile(before, after) || after.Size() >= before.Size() {
+		t.Fatalf("snapshot 4 is not the purged file, cut to its length: %v, %v", after, err)
+	}
+	if h, got, err := d.readSnapshot(4); err != nil || h.Index != 4 || got.Hash() != state.Hash() {
+		t.Fatalf("snapshot 4 reads %+v, %v", h, err)
+	}
+}
+
 func (n *testNode) stateHash() uint64 {
 	n.store.mu.RLock()
 	defer n.store.mu.RUnlock()
