@@ -76,6 +76,10 @@ var lintEdges = []struct {
 
 	{"internal/wait", lintStd, false, "who waits for which result: a rule without raft"},
 
+	{"internal/wal", lintStd, false, "the log on disk: frames and files, no raft"},
+	{"internal/wal", "golang.org/x/sys/unix", false, "fdatasync, fallocate and SEEK_HOLE"},
+	{"internal/wal", "pgregory.net/rapid", true, "random writes, ends and releases against a list"},
+
 	{"internal/watch", lintStd, false, "who gets which events: a rule without raft"},
 	{"internal/watch", "pontoon/kv", false, "events and spans of keys"},
 	{"internal/watch", "pgregory.net/rapid", true, "random filters and events against a naive list"},

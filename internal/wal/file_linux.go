@@ -1,0 +1,41 @@
+package wal
+
+import (
+	"errors"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// datasync is a sync without the file's times. A signal may interrupt it.
+func datasync(f *os.File) error {
+	for {
+		if err := unix.Fdatasync(int(f.Fd())); !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
+}
+
+// allocate makes the file size bytes long, with its blocks, where the file system
+// can: a full disk then shows at a new segment and not at a write.
+func allocate(f *os.File, size int64) error {
+	for {
+		switch err := unix.Fallocate(int(f.Fd()), 0, 0, size); {
+		case errors.Is(err, unix.EINTR):
+		case errors.Is(err, unix.EOPNOTSUPP):
+			return f.Truncate(size)
+		default:
+			return err
+		}
+	}
+}
+
+// writtenTo is where the part that was never written begins, at or after from.
+// Where the file system cannot tell, all counts as written.
+func writtenTo(f *os.File, from, size int64) int64 {
+	at, err := unix.Seek(int(f.Fd()), from, unix.SEEK_HOLE)
+	if err != nil {
+		return size
+	}
+	return at
+}

@@ -1,0 +1,11 @@
+//go:build !linux
+
+package wal
+
+import "os"
+
+func datasync(f *os.File) error { return f.Sync() }
+
+func allocate(f *os.File, size int64) error { return f.Truncate(size) }
+
+func writtenTo(_ *os.File, _, size int64) int64 { return size }

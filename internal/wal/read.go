@@ -1,0 +1,315 @@
+package wal
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
+// Content is what a log holds, besides what was told to the Visitor.
+type Content struct {
+	Metadata []byte
+	State    State  // the last one
+	Frames   uint64 // number of the last frame
+	Last     uint64 // index of the last entry or snapshot
+	First    uint64 // index of the first entry that it may hold; those before were released, or are behind Skipped
+	Skipped  error  // why the segments before the first were not read; nil: there are none
+	Torn     bool   // something follows the last frame that is none: a write that a crash cut short, or damage
+
+	segments []segment
+	chain    uint32
+	end      int64 // of the last frame, in the last segment
+}
+
+// Visitor is told what a log holds, in order. Data is valid during the call only.
+// A nil function is not called.
+type Visitor struct {
+	Entry    func(kind uint8, term, index uint64, data []byte) error
+	Snapshot func(index, term uint64) error
+}
+
+// Exists says whether dir holds a log.
+func Exists(dir string) bool {
+	names, err := filepath.Glob(filepath.Join(dir, "*.wal"))
+	return err == nil && len(names) > 0
+}
+
+// Read reads a log without changing it. An error that is ErrDamaged says where the
+// damage is.
+func Read(dir string, v Visitor) (Content, error) {
+	var c Content
+	segs, err := list(dir)
+	if err != nil {
+		return c, err
+	}
+	heads := make([]head, len(segs))
+	from := len(segs) - 1
+	for i := from; i >= 0; i-- {
+		b, err := readHead(segs[i].path)
+		if err == nil {
+			heads[i], err = decodeHead(b)
+		}
+		if err == nil && heads[i].segment(segs[i].path) != segs[i] {
+			err = fmt.Errorf("%w: %s begins as another segment does", ErrDamaged, segs[i].path)
+		}
+		if err == nil && i < len(segs)-1 && segs[i].seq+1 != segs[i+1].seq {
+			err = fmt.Errorf("%w: no segment %d before %s", ErrDamaged, segs[i+1].seq-1, segs[i+1].path)
+		}
+		// What is before a segment that cannot be used may have been released; if not,
+		// the caller misses entries.
+		if err != nil && (i == len(segs)-1 || !errors.Is(err, ErrDamaged)) {
+			return c, err
+		}
+		if err != nil {
+			c.Skipped = err
+			break
+		}
+		from = i
+	}
+	c.segments, heads = segs[from:], heads[from:]
+	h := heads[0]
+	c.Metadata, c.State, c.Frames, c.chain, c.First, c.Last = h.meta, h.state, h.number-1, h.chain, h.first, h.first-1
+	for i, s := range c.segments {
+		if h := heads[i]; h.number != c.Frames+1 || h.chain != c.chain || h.state != c.State {
+			return c, fmt.Errorf("%w: frames are missing between number %d and %s", ErrDamaged, c.Frames, s.path)
+		}
+		if err := c.readSegment(s, v, i == len(c.segments)-1); err != nil {
+			return c, err
+		}
+	}
+	return c, nil
+}
+
+// list finds the segments by name, oldest first.
+func list(dir string) ([]segment, error) {
+	names, err := filepath.Glob(filepath.Join(dir, "*.wal"))
+	if err != nil {
+		return nil, err
+	}
+	var out []segment
+	for _, n := range names {
+		s := segment{path: n}
+		if _, err := fmt.Sscanf(filepath.Base(n), "%016x-%016x.wal", &s.seq, &s.first); err == nil {
+			out = append(out, s)
+		}
+	}
+	slices.SortFunc(out, func(a, b segment) int { return strings.Compare(a.path, b.path) })
+	if len(out) == 0 {
+		return nil, fmt.Errorf("%w: no segment in %s", ErrDamaged, dir)
+	}
+	return out, nil
+}
+
+type head struct {
+	seq, first, number uint64
+	state              State
+	chain              uint32
+	meta               []byte
+}
+
+func (h head) segment(path string) segment { return segment{path, h.seq, h.first} }
+
+func readHead(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b := make([]byte, headSize)
+	if n, err := f.ReadAt(b, 0); err != nil && n < headSize {
+		if info, serr := f.Stat(); serr == nil && info.Size() < headSize {
+			err = fmt.Errorf("%w: %s is cut off", ErrDamaged, path)
+		}
+		return nil, err
+	}
+	if string(b[:8]) != magic {
+		return nil, fmt.Errorf("%w: %s does not begin with %s", ErrDamaged, path, magic)
+	}
+	if crc32.Checksum(b[:headSize-4], castagnoli) != binary.LittleEndian.Uint32(b[headSize-4:]) {
+		return nil, fmt.Errorf("%w: the head of %s fails its checksum", ErrDamaged, path)
+	}
+	return b, nil
+}
+
+func decodeHead(b []byte) (head, error) {
+	var h head
+	for i, v := range []*uint64{&h.seq, &h.first, &h.number, &h.state.Term, &h.state.Vote, &h.state.Commit} {
+		*v = binary.LittleEndian.Uint64(b[8+8*i:])
+	}
+	h.chain = binary.LittleEndian.Uint32(b[56:])
+	n := binary.LittleEndian.Uint32(b[60:])
+	if n > maxMetadata || h.number == 0 || h.first == 0 {
+		return h, fmt.Errorf("%w: a head that no log writes", ErrDamaged)
+	}
+	h.meta = slices.Clone(b[64 : 64+n])
+	return h, nil
+}
+
+func (c *Content) readSegment(s segment, v Visitor, newest bool) error {
+	b, err := os.ReadFile(s.path)
+	if err != nil {
+		return err
+	}
+	at := headSize
+	for {
+		records, sum, ok := frameAt(b, at)
+		if !ok || frameNumber(b, at) != c.Frames+1 || frameChain(b, at) != c.chain {
+			break
+		}
+		if err := visitRecords(records, c.visitor(v)); err != nil {
+			return fmt.Errorf("%s, frame %d: %w", s.path, c.Frames+1, err)
+		}
+		c.Frames++
+		c.chain = sum
+		at += (frameHead + len(records) + 7) &^ 7
+	}
+	c.end = int64(at)
+	if !newest {
+		return nil // the next segment says which frame it begins with
+	}
+	if later := laterFrame(b, at, c.Frames+1); later > 0 {
+		return fmt.Errorf("%w: frame %d of %s, at byte %d, cannot be read, and a whole one follows at byte %d", ErrDamaged, c.Frames+1, s.path, at, later)
+	}
+	c.Torn = looksTorn(b[at:], c.Frames+1)
+	return nil
+}
+
+func (c *Content) visitor(v Visitor) recordVisitor {
+	return recordVisitor{
+		entry: func(kind uint8, term, index uint64, data []byte) error {
+			c.Last = index
+			if v.Entry == nil {
+				return nil
+			}
+			return v.Entry(kind, term, index, data)
+		},
+		state: func(s State) { c.State = s },
+		snapshot: func(index, term uint64) error {
+			c.Last = max(c.Last, index)
+			if v.Snapshot == nil {
+				return nil
+			}
+			return v.Snapshot(index, term)
+		},
+	}
+}
+
+// frameAt returns the records of the frame at b[at:] and its checksum.
+func frameAt(b []byte, at int) (records []byte, sum uint32, ok bool) {
+	if at+frameHead > len(b) {
+		return nil, 0, false
+	}
+	h := b[at:]
+	size := binary.LittleEndian.Uint32(h)
+	if size == 0 || ^size != binary.LittleEndian.Uint32(h[20:]) || int64(size) > int64(len(h)-frameHead) {
+		return nil, 0, false
+	}
+	h = h[:frameHead+int(size)]
+	sum = frameSum(h)
+	return h[frameHead:], sum, sum == binary.LittleEndian.Uint32(h[4:])
+}
+
+func frameNumber(b []byte, at int) uint64 { return binary.LittleEndian.Uint64(b[at+8:]) }
+func frameChain(b []byte, at int) uint32  { return binary.LittleEndian.Uint32(b[at+16:]) }
+
+// laterFrame finds a whole frame behind at that is not of a former life, where the frame
+// with the given number cannot be read; 0: none.
+func laterFrame(b []byte, at int, number uint64) int {
+	most := number + uint64(len(b)/frameHead)
+	for p := at; p+frameHead <= len(b); p += 8 {
+		if n := frameNumber(b, p); n < number || n > most || n == number && p == at {
+			continue
+		}
+		if _, _, ok := frameAt(b, p); ok {
+			return p
+		}
+	}
+	return 0
+}
+
+// looksTorn says that somebody began to write a frame here.
+func looksTorn(b []byte, number uint64) bool {
+	return len(b) >= frameHead && frameNumber(b, 0) == number
+}
+
+// Records.
+const (
+	recordEntry    = 1
+	recordState    = 2
+	recordSnapshot = 3
+)
+
+type recordVisitor struct {
+	entry    func(kind uint8, term, index uint64, data []byte) error
+	state    func(State)
+	snapshot func(index, term uint64) error
+}
+
+func appendState(b []byte, s State) []byte {
+	b = append(b, recordState)
+	for _, v := range []uint64{s.Term, s.Vote, s.Commit} {
+		b = binary.AppendUvarint(b, v)
+	}
+	return b
+}
+
+var errRecord = fmt.Errorf("%w: a record that no log writes", ErrDamaged)
+
+func visitRecords(b []byte, v recordVisitor) error {
+	ok := true
+	number := func() uint64 {
+		x, n := binary.Uvarint(b)
+		if n <= 0 {
+			ok = false
+			return 0
+		}
+		b = b[n:]
+		return x
+	}
+	for len(b) > 0 {
+		var err error
+		kind := b[0]
+		b = b[1:]
+		switch kind {
+		case recordEntry:
+			if len(b) == 0 {
+				return errRecord
+			}
+			t := b[0]
+			b = b[1:]
+			term, index, size := number(), number(), number()
+			if !ok || index == 0 || size > uint64(len(b)) {
+				return errRecord
+			}
+			data := b[:size:size]
+			b = b[size:]
+			if v.entry != nil {
+				err = v.entry(t, term, index, data)
+			}
+		case recordState:
+			s := State{number(), number(), number()}
+			if ok && v.state != nil {
+				v.state(s)
+			}
+		case recordSnapshot:
+			index, term := number(), number()
+			if ok && v.snapshot != nil {
+				err = v.snapshot(index, term)
+			}
+		default:
+			return errRecord
+		}
+		if !ok {
+			return errRecord
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
