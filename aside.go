@@ -15,10 +15,11 @@ import (
 	"time"
 
 	"go.etcd.io/etcd/client/pkg/v3/types"
-	"go.etcd.io/etcd/server/v3/storage/wal"
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
+
+	"pontoon/internal/wal"
 )
 
 // A member whose disk lost or changed something that was synced cannot go on as if
@@ -235,11 +236,12 @@ func (d *diskStore) asideSteps(a *asideFile) []func() error {
 		func() error { return errors.Join(move("snap"), syncDir(to), syncDir(d.dir)) },
 		func() error { return errors.Join(os.MkdirAll(d.snapDir(), 0o700), syncDir(d.dir)) },
 		func() error {
-			if wal.Exist(d.walDir()) {
+			if wal.Exists(d.walDir()) {
 				return nil
 			}
-			return d.createLog(walMetadata{Version: 1, ClusterID: a.Cluster, MemberID: a.Member, Joined: true}, func(w *wal.WAL) error {
-				return w.Save(&raftpb.HardState{Term: new(a.Term + 1), Vote: new(uint64(0)), Commit: new(uint64(0))}, nil)
+			return d.createLog(walMetadata{Version: 1, ClusterID: a.Cluster, MemberID: a.Member, Joined: true}, func(l *wal.Log) error {
+				l.State(wal.State{Term: a.Term + 1})
+				return l.Sync()
 			})
 		},
 		func() error { a.Moved = true; return d.writeAside(a) },

@@ -8,8 +8,8 @@ import (
 )
 
 // nodeMetrics are this node's own. The libraries register theirs under etcd's
-// names with the default registry (etcd_disk_wal_fsync_duration_seconds,
-// etcd_network_peer_round_trip_time_seconds, …); /metrics shows both.
+// names with the default registry (etcd_network_peer_round_trip_time_seconds, …);
+// /metrics shows both.
 type nodeMetrics struct {
 	proposals       prometheus.Counter
 	reproposed      prometheus.Counter
@@ -21,6 +21,7 @@ type nodeMetrics struct {
 	refusedMessages prometheus.Counter
 	leaderChanges   prometheus.Counter
 	snapshotSeconds prometheus.Histogram
+	logSync         prometheus.Histogram
 }
 
 func newNodeMetrics(r prometheus.Registerer) *nodeMetrics {
@@ -39,6 +40,8 @@ func newNodeMetrics(r prometheus.Registerer) *nodeMetrics {
 		batchCommands: f.NewHistogram(prometheus.HistogramOpts{Name: "pontoon_batch_commands", Help: "Commands packed into one log entry.",
 			Buckets: prometheus.ExponentialBuckets(1, 2, 13)}),
 		readWait: f.NewHistogram(prometheus.HistogramOpts{Name: "pontoon_read_index_wait_seconds", Help: "Time from the first read of a batch until the state may be read.",
+			Buckets: prometheus.ExponentialBuckets(.0001, 2, 16)}),
+		logSync: f.NewHistogram(prometheus.HistogramOpts{Name: "pontoon_log_sync_seconds", Help: "Time to write to the log and sync it.",
 			Buckets: prometheus.ExponentialBuckets(.0001, 2, 16)}),
 		snapshotSeconds: f.NewHistogram(prometheus.HistogramOpts{Name: "pontoon_snapshot_write_seconds", Help: "Time to write a snapshot file.",
 			Buckets: prometheus.ExponentialBuckets(.001, 4, 10)}),

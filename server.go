@@ -83,6 +83,9 @@ func newServer(ctx context.Context, cfg Config, log *zap.Logger) (_ *server, err
 	if s.disk, err = openDataDir(cfg.DataDir, cfg.ID, cfg.KeepSnapshots, log); err != nil {
 		return nil, err
 	}
+	reg := prometheus.NewRegistry()
+	met := newNodeMetrics(reg)
+	s.disk.synced = func(took time.Duration) { met.logSync.Observe(took.Seconds()) }
 	r, peers, err := s.recover(ctx, joining)
 	if err != nil {
 		return nil, err
@@ -91,8 +94,7 @@ func newServer(ctx context.Context, cfg Config, log *zap.Logger) (_ *server, err
 	if err != nil {
 		return nil, fmt.Errorf("count this start: %w", err)
 	}
-	reg := prometheus.NewRegistry()
-	if s.node, err = newRaftNode(cfg, boot, r, s.disk, s.disk, log, newNodeMetrics(reg)); err != nil {
+	if s.node, err = newRaftNode(cfg, boot, r, s.disk, s.disk, log, met); err != nil {
 		return nil, err
 	}
 	s.store = newKVStore(s.node, r, s.disk)

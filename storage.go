@@ -19,14 +19,12 @@ import (
 	"time"
 
 	"go.etcd.io/etcd/client/pkg/v3/fileutil"
-	"go.etcd.io/etcd/server/v3/storage/wal"
-	"go.etcd.io/etcd/server/v3/storage/wal/walpb"
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
-	"google.golang.org/protobuf/proto"
 
+	"pontoon/internal/wal"
 	"pontoon/kv"
 )
 
@@ -80,24 +78,25 @@ func (e *damageError) Unwrap() []error { return []error{errRefuse, errDamaged, e
 //	wal/           the raft log, in segments of 64 MB
 //	snap/          <index, 16 hex digits>.snap.db, see kv.WriteSnapshot
 type diskStore struct {
-	dir  string
-	id   uint64
-	keep int
-	log  *zap.Logger
-	lock *fileutil.LockedFile
-	wal  *wal.WAL
-	meta []byte // the log's metadata, encoded
+	dir    string
+	id     uint64
+	keep   int
+	log    *zap.Logger
+	lock   *fileutil.LockedFile
+	wal    *wal.Log
+	meta   []byte              // the log's metadata, encoded
+	hard   wal.State           // as of the last save
+	synced func(time.Duration) // told how long each sync of the log took; may be nil
 
-	ahead    zeroAhead
 	mark     *os.File // the file synced
 	marked   syncMark // what it holds
 	owner    owner    // the same: whose log it is; zero until the first load
 	recorded []uint64 // snapshots that the log vouches for, oldest first
 
-	// swap keeps purge, which runs beside the loop, from deleting segments by
-	// name while install puts a new log, with the same names, in their place.
-	swap   sync.Mutex
-	closed bool // guarded by swap; purge may come late
+	mu struct {
+		sync.Mutex
+		closed bool // purge, which runs beside the loop, may come late
+	}
 }
 
 // walMetadata heads every log segment: whose log it is.
@@ -115,37 +114,6 @@ type snapHeader struct {
 	Index   uint64      `json:"index"`
 	Term    uint64      `json:"term"`
 	Members *membership `json:"members"`
-}
-
-// recovered is what the disk says after a start.
-type recovered struct {
-	meta    walMetadata
-	hard    *raftpb.HardState
-	entries []*raftpb.Entry
-	snap    snapHeader // Index 0: none yet, a joiner that waits for its first
-	state   *kv.State
-	aside   *aside // nil: this member votes
-}
-
-// table is the member table after everything this log knows to be committed. It
-// is for decisions at start; raft replays the same changes by itself.
-func (r *recovered) table() *membership {
-	table := r.snap.Members
-	for _, e := range r.entries {
-		if e.GetIndex() > r.hard.GetCommit() || e.GetType() != raftpb.EntryConfChangeV2 {
-			continue
-		}
-		var cc raftpb.ConfChangeV2
-		if proto.Unmarshal(e.GetData(), &cc) != nil {
-			continue // refused at apply as well
-		}
-		if c, err := decodeConfChange(&cc); err == nil {
-			if next, err := table.apply(c); err == nil {
-				table = next
-			}
-		}
-	}
-	return table
 }
 
 // openDataDir takes the directory's LOCK and clears what a crash left half
@@ -197,13 +165,12 @@ func writeAt(f *os.File, s string) error {
 // SaveDBFrom leaves tmp*, S2), a log being created.
 func (d *diskStore) clean() error {
 	// install was cut short between its two renames: the new log is complete.
-	if _, err := os.Stat(filepath.Join(d.dir, "wal.old")); err == nil && !wal.Exist(d.walDir()) {
+	if _, err := os.Stat(filepath.Join(d.dir, "wal.old")); err == nil && !wal.Exists(d.walDir()) {
 		if err := errors.Join(os.Rename(filepath.Join(d.dir, "wal.new"), d.walDir()), syncDir(d.dir)); err != nil {
 			return err
 		}
 	}
-	for _, pattern := range []string{"snap/*.tmp", "snap/tmp*", "wal.new", "wal.new.tmp", "wal.old", "boots.tmp", "removed.tmp", "synced.tmp", "aside.tmp",
-		"wal/*.tmp"} { // the wal package would write over one that a crash left, and leave its end
+	for _, pattern := range []string{"snap/*.tmp", "snap/tmp*", "wal.new", "wal.new.tmp", "wal.old", "boots.tmp", "removed.tmp", "synced.tmp", "aside.tmp"} {
 		names, err := filepath.Glob(filepath.Join(d.dir, pattern))
 		if err != nil {
 			return err
@@ -306,7 +273,7 @@ func (d *diskStore) exists() bool { return holdsMember(d.dir) }
 // holdsMember: a log, or one being replaced, or the word of synced that there was
 // one. A member whose log is gone must not found itself anew: it has voted.
 func holdsMember(dir string) bool {
-	if wal.Exist(filepath.Join(dir, "wal")) || wal.Exist(filepath.Join(dir, "wal.old")) {
+	if wal.Exists(filepath.Join(dir, "wal")) || wal.Exists(filepath.Join(dir, "wal.old")) {
 		return true
 	}
 	b, err := os.ReadFile(filepath.Join(dir, "synced"))
@@ -341,21 +308,23 @@ func (d *diskStore) bootstrap(id uint64, m *membership, joined bool) error {
 	if err := errors.Join(writeFileSync(filepath.Join(d.dir, "boots"), seal("0")), syncDir(filepath.Dir(d.dir))); err != nil {
 		return fmt.Errorf("%w: create log: %w", errDurability, err)
 	}
-	return d.createLog(meta, func(w *wal.WAL) error {
+	return d.createLog(meta, func(l *wal.Log) error {
 		if joined {
 			return nil
 		}
 		state := kv.NewState()
 		state.SetApplied(1)
-		return errors.Join(
-			second(d.writeSnapshot(snapHeader{Index: 1, Term: 1, Members: m}, state)),
-			w.SaveSnapshot(&walpb.Snapshot{Index: new(uint64(1)), Term: new(uint64(1)), ConfState: m.confState()}),
-			w.Save(&raftpb.HardState{Term: new(uint64(1)), Vote: new(uint64(0)), Commit: new(uint64(1))}, nil))
+		if _, err := d.writeSnapshot(snapHeader{Index: 1, Term: 1, Members: m}, state); err != nil {
+			return err
+		}
+		l.Snapshot(1, 1)
+		l.State(wal.State{Term: 1, Commit: 1})
+		return l.Sync()
 	})
 }
 
 // createLog puts a log in place that begins with what fill writes, or nothing.
-func (d *diskStore) createLog(meta walMetadata, fill func(*wal.WAL) error) (err error) {
+func (d *diskStore) createLog(meta walMetadata, fill func(*wal.Log) error) (err error) {
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("%w: create log: %w", errDurability, err)
@@ -366,12 +335,11 @@ func (d *diskStore) createLog(meta walMetadata, fill func(*wal.WAL) error) (err 
 		return err
 	}
 	tmp := filepath.Join(d.dir, "wal.new")
-	w, err := wal.Create(quiet(d.log), tmp, b)
+	l, err := wal.Create(tmp, b, 0, d.walOptions())
 	if err != nil {
 		return err
 	}
-	// The wal package syncs its first file, and not that file's name.
-	if err := errors.Join(fill(w), w.Close(), syncDir(tmp)); err != nil {
+	if err := errors.Join(fill(l), l.Close()); err != nil {
 		return err
 	}
 	return errors.Join(os.Rename(tmp, d.walDir()), syncDir(d.dir))
@@ -379,128 +347,12 @@ func (d *diskStore) createLog(meta walMetadata, fill func(*wal.WAL) error) (err 
 
 func second[T any](_ T, err error) error { return err }
 
-// load reads the newest snapshot that the log vouches for and that is whole,
-// then the log after it, and opens the log for appending.
-func (d *diskStore) load() (*recovered, error) {
-	if err := d.openMark(); err != nil {
-		return nil, err
-	}
-	scan, err := d.scanLog()
-	if err == nil {
-		err = scan.end.covers(d.marked)
-	}
-	if err != nil {
-		return nil, damaged("the log in %s is damaged: %w", d.walDir(), err)
-	}
-	d.meta, d.recorded = scan.meta, nil
-	r := &recovered{state: kv.NewState()}
-	start := &walpb.Snapshot{}
-	var unusable []error
-	for _, e := range scan.snapshots {
-		if _, err := os.Stat(d.snapPath(e.GetIndex())); err == nil && !slices.Contains(d.recorded, e.GetIndex()) { // else it was purged
-			d.recorded = append(d.recorded, e.GetIndex())
-		}
-	}
-	for _, e := range slices.Backward(scan.snapshots) {
-		if e.GetIndex() == 0 {
-			continue
-		}
-		h, state, err := d.readSnapshot(e.GetIndex())
-		if err == nil && (h.Index != e.GetIndex() || h.Term != e.GetTerm()) {
-			err = fmt.Errorf("%s holds index %d term %d, the log expects term %d", d.snapPath(e.GetIndex()), h.Index, h.Term, e.GetTerm())
-		}
-		if err != nil {
-			unusable = append(unusable, err)
-			d.recorded = slices.DeleteFunc(d.recorded, func(i uint64) bool { return i == e.GetIndex() })
-			d.log.Error("snapshot unusable, trying the one before", zap.Uint64("index", e.GetIndex()), zap.Error(err))
-			continue
-		}
-		r.snap, r.state, start = h, state, e
-		break
-	}
-	if r.snap.Index == 0 && len(unusable) > 0 {
-		return nil, damaged("no usable snapshot: %w", errors.Join(unusable...))
-	}
-	if err := d.openLog(start, r); err != nil {
-		return nil, err
-	}
-	if err := d.checkRecovered(r); err != nil {
-		return nil, err
-	}
-	// A kill between write and sync leaves records that only the page cache
-	// holds. From here on they count as being on disk.
-	if err := d.wal.Sync(); err != nil {
-		return nil, fmt.Errorf("%w: sync log: %w", errDurability, err)
-	}
-	if err := errors.Join(d.own(owner{r.meta.ClusterID, r.meta.MemberID}), d.setMark(scan.end)); err != nil {
-		return nil, fmt.Errorf("%w: write %s: %w", errDurability, filepath.Join(d.dir, "synced"), err)
-	}
-	r.aside, err = d.loadAside(r)
-	return r, err
+func (d *diskStore) walOptions() wal.Options {
+	return wal.Options{SegmentBytes: segmentBytes, Synced: d.synced}
 }
 
-// unpanicked turns a panic of the wal package into an error: it trusts a record
-// whose checksum fits, but the checksum does not cover the record's type.
-func unpanicked(f func() error) (err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("a record cannot be read: %v", p)
-		}
-	}()
-	return f()
-}
-
-const replaceHint = "if the other members are healthy, remove this member (DELETE /<id>) and add a new one with a new id and an empty data directory"
-
-func (d *diskStore) openLog(start *walpb.Snapshot, r *recovered) error {
-	for repaired := false; ; repaired = true {
-		w, err := wal.Open(quiet(d.log), d.walDir(), start)
-		if err != nil {
-			return damaged("the log in %s cannot be opened: %w", d.walDir(), err)
-		}
-		var meta []byte
-		var hard *raftpb.HardState
-		var ents []*raftpb.Entry
-		err = unpanicked(func() (err error) {
-			meta, hard, ents, err = w.ReadAll()
-			return err
-		})
-		if err == nil {
-			d.wal, r.hard, r.entries = w, hard, ents
-			if err := json.Unmarshal(meta, &r.meta); err != nil || r.meta.Version != 1 {
-				return fmt.Errorf("%w: the log in %s was not written by this program or by a newer one (metadata %.80q)", errRefuse, d.walDir(), meta)
-			}
-			return d.ahead.attach(d.walDir())
-		}
-		if cerr := w.Close(); cerr != nil {
-			d.log.Debug("close log", zap.Error(cerr))
-		}
-		// A write that a crash cut short ends the last segment: what it
-		// held was never acknowledged, so it may go.
-		if repaired || !errors.Is(err, io.ErrUnexpectedEOF) || !wal.Repair(quiet(d.log), d.walDir()) {
-			return damaged("the log in %s is damaged: %w", d.walDir(), err)
-		}
-		d.log.Warn("the log ended in a write that a crash cut short; repaired", zap.String("dir", d.walDir()))
-	}
-}
-
-// checkRecovered turns into an error what would be a panic inside raft.
-func (d *diskStore) checkRecovered(r *recovered) error {
-	last := r.snap.Index
-	for _, e := range r.entries {
-		if e.GetIndex() != last+1 {
-			return damaged("the log in %s misses entry %d", d.walDir(), last+1)
-		}
-		last = e.GetIndex()
-	}
-	if c := r.hard.GetCommit(); c > last || (c < r.snap.Index && r.snap.Index > 0) {
-		return damaged("the log in %s ends at entry %d, but entry %d was committed", d.walDir(), last, c)
-	}
-	if r.snap.Index == 0 && !r.meta.Joined {
-		return damaged("the log in %s has no snapshot to start from", d.walDir())
-	}
-	return nil
-}
+// segmentBytes is the size of a segment of the log. Tests make it smaller.
+var segmentBytes int64 = 64 << 20
 
 func (d *diskStore) readSnapshot(index uint64) (snapHeader, *kv.State, error) {
 	var h snapHeader
@@ -641,53 +493,41 @@ func (w *syncWriter) Write(p []byte) (int, error) {
 }
 
 func (d *diskStore) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
-	if raft.IsEmptyHardState(hs) {
-		hs = nil // wal.Save takes nil for "no change"
+	before := d.hard
+	d.addToLog(hs, ents)
+	promises := d.hard.Term != before.Term || d.hard.Vote != before.Vote
+	if !promises && len(ents) == 0 {
+		return nil // the commit index may be lost, and is found again
 	}
-	m := d.marked
-	if hs != nil {
-		m.hardTerm, m.vote = hs.GetTerm(), hs.GetVote()
-	}
-	var err error
-	if len(ents) > 0 {
-		if ents[0].GetIndex() <= d.marked.index {
-			err = d.lowerMark()
-		}
-		last := ents[len(ents)-1]
-		m.term, m.index = last.GetTerm(), last.GetIndex()
-	}
-	if err == nil {
-		err = d.ahead.prepare(ents)
-	}
-	if err == nil {
-		err = errors.Join(d.wal.Save(hs, ents), d.ahead.follow())
-	}
-	if err == nil {
-		err = d.setMark(m) // Save synced: the term, the vote or the entries are new, or m is as before
-	}
-	if err != nil {
+	if err := errors.Join(d.wal.Sync(), d.setMark(syncMark{d.wal.Frames(), d.hard.Term}, promises)); err != nil {
 		return fmt.Errorf("%w: write log: %w", errDurability, err)
 	}
 	return nil
 }
 
+func (d *diskStore) addToLog(hs *raftpb.HardState, ents []*raftpb.Entry) {
+	if !raft.IsEmptyHardState(hs) {
+		d.hard = wal.State{Term: hs.GetTerm(), Vote: hs.GetVote(), Commit: hs.GetCommit()}
+		d.wal.State(d.hard)
+	}
+	for _, e := range ents {
+		d.wal.Entry(uint8(e.GetType()), e.GetTerm(), e.GetIndex(), e.GetData())
+	}
+}
+
 func (d *diskStore) saveSnapshot(m *raftpb.SnapshotMetadata) error {
-	if err := d.wal.SaveSnapshot(walSnapshot(m)); err != nil {
+	d.wal.Snapshot(m.GetIndex(), m.GetTerm())
+	if err := errors.Join(d.wal.Sync(), d.setMark(syncMark{d.wal.Frames(), d.hard.Term}, false)); err != nil {
 		return fmt.Errorf("%w: write log: %w", errDurability, err)
 	}
-	d.ahead.end += int64(proto.Size(m)) + saveOverhead
 	d.recorded = append(d.recorded, m.GetIndex())
 	return nil
 }
 
-func walSnapshot(m *raftpb.SnapshotMetadata) *walpb.Snapshot {
-	return &walpb.Snapshot{Index: m.Index, Term: m.Term, ConfState: m.ConfState}
-}
-
 // install swaps the log for a new one: built beside it, complete and synced,
-// then renamed into its place. The wal package cannot drop records, and entries
-// of the old log beyond the snapshot would come back at a restart with terms
-// that belong to a history which never was committed.
+// then renamed into its place. Entries of the old log beyond the snapshot would
+// come back at a restart, with terms that belong to a history which never was
+// committed.
 func (d *diskStore) install(m *raftpb.SnapshotMetadata, hs *raftpb.HardState, ents []*raftpb.Entry) (err error) {
 	defer func() {
 		if err != nil {
@@ -695,43 +535,35 @@ func (d *diskStore) install(m *raftpb.SnapshotMetadata, hs *raftpb.HardState, en
 		}
 	}()
 	fresh, old := filepath.Join(d.dir, "wal.new"), filepath.Join(d.dir, "wal.old")
-	w, err := wal.Create(quiet(d.log), fresh, d.meta)
+	before := d.wal
+	if err := before.Close(); err != nil {
+		return err
+	}
+	// It counts on from the old log, so that synced is never ahead of either.
+	if d.wal, err = wal.Create(fresh, d.meta, before.Frames(), d.walOptions()); err != nil {
+		return err
+	}
+	d.wal.Snapshot(m.GetIndex(), m.GetTerm())
+	d.addToLog(hs, ents)
+	if err := errors.Join(d.wal.Sync(), d.wal.Close()); err != nil {
+		return err
+	}
+	if err := errors.Join(os.Rename(d.walDir(), old), os.Rename(fresh, d.walDir()), syncDir(d.dir)); err != nil {
+		return err
+	}
+	c, err := wal.Read(d.walDir(), wal.Visitor{})
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(w.SaveSnapshot(walSnapshot(m)), w.Save(hs, ents), w.Sync(), w.Close(), syncDir(fresh)); err != nil {
-		return err
-	}
-	if err := errors.Join(d.lowerMark(), d.wal.Close()); err != nil {
-		return err
-	}
-	d.wal = nil
-	d.swap.Lock()
-	err = errors.Join(os.Rename(d.walDir(), old), os.Rename(fresh, d.walDir()), syncDir(d.dir))
-	d.swap.Unlock()
-	if err != nil {
-		return err
-	}
-	if d.wal, err = wal.Open(quiet(d.log), d.walDir(), walSnapshot(m)); err != nil {
-		return err
-	}
-	if _, _, _, err := d.wal.ReadAll(); err != nil {
-		return err
-	}
-	if err := d.ahead.attach(d.walDir()); err != nil {
+	if d.wal, err = wal.Open(d.walDir(), c, d.walOptions()); err != nil {
 		return err
 	}
 	d.recorded = []uint64{m.GetIndex()}
-	mark := syncMark{m.GetTerm(), m.GetIndex(), hs.GetTerm(), hs.GetVote()}
-	if len(ents) > 0 {
-		last := ents[len(ents)-1]
-		mark.term, mark.index = last.GetTerm(), last.GetIndex()
-	}
-	return errors.Join(d.setMark(mark), os.RemoveAll(old))
+	return errors.Join(d.setMark(syncMark{c.Frames, c.State.Term}, true), os.RemoveAll(old))
 }
 
 func (d *diskStore) release(index uint64) error {
-	if err := d.wal.ReleaseLockTo(index); err != nil {
+	if err := d.wal.Release(index); err != nil {
 		return fmt.Errorf("%w: release log: %w", errDurability, err)
 	}
 	return nil
@@ -765,12 +597,11 @@ func (d *diskStore) oldestKept() uint64 {
 	return d.recorded[0]
 }
 
-// purge deletes snapshots before oldest and the log segments that only they
-// needed. It runs beside the raft loop, after release(oldest).
+// purge takes away the snapshots before oldest. It runs beside the raft loop.
 func (d *diskStore) purge(oldest uint64) error {
-	d.swap.Lock()
-	defer d.swap.Unlock()
-	if d.closed {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.mu.closed {
 		return nil // another process may own the directory by now
 	}
 	files, err := d.snapshotFiles()
@@ -784,28 +615,7 @@ func (d *diskStore) purge(oldest uint64) error {
 			}
 		}
 	}
-	names, err := filepath.Glob(filepath.Join(d.walDir(), "*.wal"))
-	if err != nil {
-		return err
-	}
-	slices.Sort(names) // the names begin with the sequence number
-	needed := 0        // the last segment that starts at or before oldest
-	for i, n := range names {
-		var seq, first uint64
-		if _, err := fmt.Sscanf(filepath.Base(n), "%016x-%016x.wal", &seq, &first); err == nil && first <= oldest {
-			needed = i
-		}
-	}
-	for _, n := range names[:needed] {
-		if err := os.Remove(n); err != nil {
-			return err
-		}
-	}
-	broken, err := filepath.Glob(filepath.Join(d.walDir(), "*.broken"))
-	for _, n := range broken {
-		err = errors.Join(err, os.Remove(n))
-	}
-	return err
+	return nil
 }
 
 // sizes are the bytes of the log segments (they are allocated ahead) and of
@@ -836,14 +646,13 @@ func (d *diskStore) freeBytes() (int64, error) {
 }
 
 func (d *diskStore) close() error {
-	d.swap.Lock()
-	d.closed = true
-	d.swap.Unlock()
+	d.mu.Lock()
+	d.mu.closed = true
+	d.mu.Unlock()
 	var err error
 	if d.wal != nil {
 		err = d.wal.Close()
 	}
-	err = errors.Join(err, d.ahead.close())
 	if d.mark != nil {
 		err = errors.Join(err, d.mark.Close())
 	}

@@ -1,6 +1,7 @@
 package wal
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -77,6 +78,9 @@ func Read(dir string, v Visitor) (Content, error) {
 	for i, s := range c.segments {
 		if h := heads[i]; h.number != c.Frames+1 || h.chain != c.chain || h.state != c.State {
 			return c, fmt.Errorf("%w: frames are missing between number %d and %s", ErrDamaged, c.Frames, s.path)
+		}
+		if !bytes.Equal(heads[i].meta, c.Metadata) {
+			return c, fmt.Errorf("%w: %s belongs to another log", ErrDamaged, s.path)
 		}
 		if err := c.readSegment(s, v, i == len(c.segments)-1); err != nil {
 			return c, err
@@ -175,7 +179,7 @@ func (c *Content) readSegment(s segment, v Visitor, newest bool) error {
 	if later := laterFrame(b, at, c.Frames+1); later > 0 {
 		return fmt.Errorf("%w: frame %d of %s, at byte %d, cannot be read, and a whole one follows at byte %d", ErrDamaged, c.Frames+1, s.path, at, later)
 	}
-	c.Torn = looksTorn(b[at:], c.Frames+1)
+	c.Torn = looksTorn(b[min(at, len(b)):], c.Frames+1)
 	return nil
 }
 

@@ -105,16 +105,16 @@ type segment struct {
 	seq, first uint64
 }
 
-// Create makes dir with a log of one empty segment. A crash may leave the directory
-// without one.
-func Create(dir string, meta []byte, opt Options) (*Log, error) {
+// Create makes dir with a log of one empty segment, whose frames count on from the
+// number frames. A crash may leave the directory without one.
+func Create(dir string, meta []byte, frames uint64, opt Options) (*Log, error) {
 	if len(meta) > maxMetadata {
 		return nil, fmt.Errorf("wal: metadata of %d bytes, at most %d fit", len(meta), maxMetadata)
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	l := &Log{dir: dir, opt: opt, meta: slices.Clone(meta), next: 1}
+	l := &Log{dir: dir, opt: opt, meta: slices.Clone(meta), next: frames + 1}
 	l.reset()
 	if err := l.cut(0); err != nil {
 		return nil, errors.Join(err, l.Close())

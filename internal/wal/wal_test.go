@@ -72,7 +72,7 @@ func TestAgainstList(t *testing.T) {
 		n++
 		dir := filepath.Join(root, fmt.Sprint(n))
 		defer os.RemoveAll(dir)
-		l, err := Create(dir, []byte("who"), small)
+		l, err := Create(dir, []byte("who"), 0, small)
 		must(t, err)
 		var want history
 		var pending history
@@ -152,7 +152,7 @@ func fill(t *testing.T, l *Log, n int) {
 // A file is written over, and nothing of its former life comes back.
 func TestSegmentsAreWrittenOver(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "wal")
-	l, err := Create(dir, nil, small)
+	l, err := Create(dir, nil, 0, small)
 	must(t, err)
 	fill(t, l, 3)
 	oldest, err := os.Stat(l.segments[0].path)
@@ -202,7 +202,7 @@ func contents(t *testing.T, dir string) map[string][]byte {
 func recycled(t *testing.T) (files map[string][]byte, newest string, want history, end int64) {
 	t.Helper()
 	dir := filepath.Join(t.TempDir(), "wal")
-	l, err := Create(dir, []byte("member 1"), small)
+	l, err := Create(dir, []byte("member 1"), 0, small)
 	must(t, err)
 	fill(t, l, 3)
 	must(t, l.Release(l.last))
@@ -306,7 +306,7 @@ func TestDamageIsNotTorn(t *testing.T) {
 // before it, or with it if it is whole; and it goes on from there.
 func TestTornWrite(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "wal")
-	l, err := Create(dir, nil, small)
+	l, err := Create(dir, nil, 0, small)
 	must(t, err)
 	fill(t, l, 3)
 	must(t, l.Release(l.last))
@@ -346,7 +346,7 @@ func TestTornWrite(t *testing.T) {
 // A new segment is complete or absent.
 func TestCrashWhileCutting(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "wal")
-	l, err := Create(dir, nil, small)
+	l, err := Create(dir, nil, 0, small)
 	must(t, err)
 	fill(t, l, 2)
 	must(t, l.Close())
@@ -363,7 +363,7 @@ func TestCrashWhileCutting(t *testing.T) {
 
 // After an error nothing is promised any more.
 func TestNoSyncAfterAnError(t *testing.T) {
-	l, err := Create(filepath.Join(t.TempDir(), "wal"), nil, small)
+	l, err := Create(filepath.Join(t.TempDir(), "wal"), nil, 0, small)
 	must(t, err)
 	l.Entry(0, 1, 1, []byte("x"))
 	must(t, l.Sync())
@@ -384,7 +384,7 @@ func TestNoSyncAfterAnError(t *testing.T) {
 // A commit index alone waits for the next frame, or for the end.
 func TestCommitWaits(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "wal")
-	l, err := Create(dir, nil, small)
+	l, err := Create(dir, nil, 0, small)
 	must(t, err)
 	l.State(State{1, 1, 7})
 	if h, _, err := read(dir); err != nil || h.frames != 0 {
@@ -399,7 +399,7 @@ func TestCommitWaits(t *testing.T) {
 // Bytes that no log wrote are refused, not run into.
 func FuzzRead(f *testing.F) {
 	dir := f.TempDir()
-	l, err := Create(filepath.Join(dir, "wal"), []byte("m"), Options{SegmentBytes: 8 << 10})
+	l, err := Create(filepath.Join(dir, "wal"), []byte("m"), 0, Options{SegmentBytes: 8 << 10})
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -430,7 +430,7 @@ func FuzzRead(f *testing.F) {
 func BenchmarkSync(b *testing.B) {
 	for _, size := range []int{200, 4 << 10, 100 << 10} {
 		b.Run(fmt.Sprint(size), func(b *testing.B) {
-			l, err := Create(filepath.Join(b.TempDir(), "wal"), nil, Options{SegmentBytes: 64 << 20})
+			l, err := Create(filepath.Join(b.TempDir(), "wal"), nil, 0, Options{SegmentBytes: 64 << 20})
 			if err != nil {
 				b.Fatal(err)
 			}
