@@ -54,6 +54,14 @@ func eventHash(revision int64, deleted bool, prev uint64) uint64 {
 	return mix(x)
 }
 
+// recomputed is the hash of the event as it is in memory now.
+func (e *event) recomputed() uint64 {
+	if e.prev == "" {
+		return eventHash(e.revision, e.next == "", absentHash(e.key()))
+	}
+	return eventHash(e.revision, e.next == "", recordHash(e.prev, headOf(e.prev)))
+}
+
 // absentHash stands for the record of a key that was not there.
 func absentHash(key string) uint64 {
 	return mix(uint64(crc32.Checksum(bytesOf(key), castagnoli)))

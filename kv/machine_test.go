@@ -291,6 +291,13 @@ func (m *machine) snapshot(t *rapid.T) {
 	m.state = restored
 }
 
+// scrub is a step of the walk over entries and events, which goes on while the state changes.
+func (m *machine) scrub(t *rapid.T) {
+	if err := m.state.Scrub(rapid.IntRange(1, 40).Draw(t, "entries"), 1<<20); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // drawRevision draws one that can be viewed; the 0 of an empty store cannot later.
 func (m *machine) drawRevision(t *rapid.T) int64 {
 	return rapid.Int64Range(max(m.twin.compacted, min(1, m.twin.revision)), m.twin.revision).Draw(t, "revision")
@@ -442,6 +449,7 @@ func TestModel(t *testing.T) {
 			"forget":     m.forget,
 			"clone":      m.clone,
 			"snapshot":   m.snapshot,
+			"scrub":      m.scrub,
 			"view":       m.view,
 			"list":       m.list,
 			"history":    m.history,

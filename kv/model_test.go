@@ -424,6 +424,9 @@ func (m *model) txn(c *Command) Result {
 		}
 	}
 	before := maps.Clone(m.entries)
+	if !t.Brief {
+		out.Ops = []OpResult{} // of a branch without operations too: it takes a byte where it is kept
+	}
 	for i := range ops {
 		r := m.txnOp(&ops[i], c.Wall, out)
 		if !t.Brief {

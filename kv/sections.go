@@ -56,8 +56,10 @@ const (
 	maxKeptHeadSize  = 4*binary.MaxVarintLen64 + MaxOnceKey + 16 + 1
 )
 
-// extras writes the sections between items and trailer; buf is memory to use.
-func (bw *blockWriter) extras(s *State, buf []byte) {
+// extras writes the sections between items and trailer, and returns what a reader
+// will make of them; buf is memory to use.
+func (bw *blockWriter) extras(s *State, buf []byte) extras {
+	x := extras{clock: s.clock, lastLease: s.leases.last}
 	bw.section(sectionTime)
 	if s.clock != 0 || s.leases.last != 0 {
 		buf = binary.AppendUvarint(buf[:0], uint64(s.clock))
@@ -67,6 +69,7 @@ func (bw *blockWriter) extras(s *State, buf []byte) {
 	s.leases.byID.Scan(func(id int64, l lease) bool {
 		buf = l.append(buf[:0], id)
 		bw.write(buf)
+		x.leases += leaseHash(id, &l)
 		return bw.err == nil
 	})
 	bw.section(sectionHistory)
@@ -75,6 +78,7 @@ func (bw *blockWriter) extras(s *State, buf []byte) {
 		buf = e.append(buf[:0])
 		bw.write(buf)
 		bw.write(bytesOf(e.prev))
+		x.history += e.recomputed()
 		return bw.err == nil
 	})
 	bw.section(sectionKept)
@@ -82,14 +86,17 @@ func (bw *blockWriter) extras(s *State, buf []byte) {
 		buf = k.append(buf[:0], key)
 		bw.write(buf)
 		bw.write(bytesOf(k.result))
+		x.kept += keptHash(key, &k)
 		return bw.err == nil
 	})
 	bw.section(sectionTombstones)
 	s.once.tombs.each(func(hash uint64) bool {
 		buf = binary.LittleEndian.AppendUint64(buf[:0], hash)
 		bw.write(buf)
+		x.tombs += mix(hash)
 		return bw.err == nil
 	})
+	return x
 }
 
 func (l *lease) append(dst []byte, id int64) []byte {

@@ -110,6 +110,9 @@ func blockSum(seed uint32, number uint64, typ byte, payload []byte) uint32 {
 // not change s, and makes one call of w.Write a block. The same state gives the
 // same bytes on every replica.
 //
+// It adds up what it writes. The error is ErrBroken, wrapped, where that is not
+// what Hash is of: such a file would be refused, and the state must not be served.
+//
 // Give it a Clone where the state is written meanwhile.
 func WriteSnapshot(w io.Writer, header []byte, s *State) error {
 	if len(header) > MaxHeaderSize {
@@ -126,11 +129,15 @@ func WriteSnapshot(w io.Writer, header []byte, s *State) error {
 		bw.write(buf)
 	}
 	bw.section(sectionItems)
-	s.items.ascend("", func(rec string, _ head) bool {
+	sum := uint64(0)
+	s.items.ascend("", func(rec string, h head) bool {
 		bw.write(bytesOf(rec))
+		sum += recordHash(rec, h)
 		return bw.err == nil
 	})
-	bw.extras(s, buf)
+	if x := bw.extras(s, buf); bw.err == nil && (sum != s.sum || x != s.extras()) {
+		bw.err = ErrBroken
+	}
 	bw.section(sectionTrailer)
 	bw.write(trailer{
 		entries: uint64(s.Len()), bytes: uint64(s.bytes), windows: uint64(len(s.windows)),

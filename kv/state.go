@@ -49,6 +49,11 @@ type State struct {
 	// windows is the replay table, strictly ascending by node. A slice, as it
 	// holds a handful of members and must never be walked in a random order.
 	windows []window
+
+	// Beside the state: see digest.go.
+	trace  uint64 // digest of the results since the last mark
+	marked bool   // there was one since this state was made or read
+	scrub  scrub
 }
 
 // NewState returns the empty state that every replica starts from.
@@ -75,11 +80,13 @@ func (s *State) Apply(index uint64, b *Batch, results []Result) []Result {
 	if b.Node != 0 && !s.admit(b.Node, b.Boot, b.Seq) {
 		for range b.Commands {
 			results = append(results, Result{Revision: s.revision, Duplicate: true})
+			s.trace = results[len(results)-1].fold(s.trace)
 		}
 		return results
 	}
 	for i := range b.Commands {
 		results = append(results, s.run(&b.Commands[i], index))
+		s.trace = results[len(results)-1].fold(s.trace)
 		if len(s.leases.orphans) > 0 {
 			s.leases.reap()
 		}
@@ -219,13 +226,13 @@ func (s *State) meets(c *Command) (Result, bool) {
 func (s *State) store(key string, value []byte, lease int64) (event, head) {
 	create, version := s.revision, int64(1)
 	old, was, existed := s.items.get(key)
-	var prevHash uint64
+	var prevHash, from uint64
 	var oldLease int64
 	if existed {
 		create, version, oldLease = was.create, was.version+1, was.lease
 		s.bytes -= was.payload()
 		prevHash = recordHash(old, was)
-		s.sum -= prevHash
+		from = prevHash
 	} else {
 		prevHash = absentHash(key)
 	}
@@ -233,7 +240,9 @@ func (s *State) store(key string, value []byte, lease int64) (event, head) {
 	rec := newRecord(h, key, value)
 	s.items.set(rec)
 	s.bytes += h.payload()
-	s.sum += recordHash(rec, h)
+	to := recordHash(rec, h)
+	s.sum += to - from
+	s.scrub.moved(key, from, to)
 	if oldLease != 0 || lease != 0 {
 		s.leases.move(keyOf(rec, h), oldLease, lease)
 	}
@@ -251,6 +260,7 @@ func (s *State) remove(key string, revision int64) (event, bool) {
 	s.bytes -= h.payload()
 	prevHash := recordHash(old, h)
 	s.sum -= prevHash
+	s.scrub.moved(key, prevHash, 0)
 	if h.lease != 0 {
 		s.leases.move(key, h.lease, 0)
 	}
