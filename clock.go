@@ -74,7 +74,7 @@ func (s *kvstore) publishClock() {
 // the next one makes up for it.
 func (n *raftNode) proposeTick() {
 	c := n.clock.Load()
-	if c == nil || !c.active || n.now.state != raft.StateLeader || c.term != n.now.term || !n.hasLeader() {
+	if c == nil || !c.active || standing(n.standing.Load()) != agrees || n.now.state != raft.StateLeader || c.term != n.now.term || !n.hasLeader() {
 		return
 	}
 	at := n.time()

@@ -56,6 +56,9 @@ type kvstore struct {
 	batch    kv.Batch    // scratch
 	snapped  chan int64  // capacity 1: the running snapshot is done; its size
 	snapSize int64
+	broken   chan error // capacity 1: a snapshot writer found the state broken
+	div      divergence
+	settled  broadcast // tells that the standing changed
 }
 
 func newKVStore(n *raftNode, r *recovered, disk snapshotWriter) *kvstore {
@@ -64,6 +67,7 @@ func newKVStore(n *raftNode, r *recovered, disk snapshotWriter) *kvstore {
 	// goroutine: snapshot-writer
 	s.write = func(h snapHeader, state *kv.State) { go s.writeSnapshot(h, state) }
 	s.mu.state = r.state
+	s.broken, s.div.agreed = make(chan error, 1), r.snap.Index
 	s.applied.Advance(r.state.Applied())
 	s.revision.Advance(uint64(r.state.Revision()))
 	s.hub.SetLimit(maxWatches)
@@ -80,6 +84,9 @@ var proposals = sync.Pool{New: func() any { return &proposal{done: make(chan str
 func (s *kvstore) propose(ctx context.Context, c *kv.Command) (kv.Result, error) {
 	if s.diskLow.Load() {
 		return kv.Result{}, errDiskLow
+	}
+	if err := s.fit(ctx); err != nil {
+		return kv.Result{}, err
 	}
 	p := s.newProposal(c)
 	select {
@@ -158,6 +165,8 @@ func (s *kvstore) leader() uint64 { return s.node.soft.Load().lead }
 // readCommits applies what raft committed, in order, until commitC is closed.
 // It is the only goroutine that changes the state.
 func (s *kvstore) readCommits(commitC <-chan *commit) {
+	scrub := time.NewTicker(scrubEvery)
+	defer scrub.Stop()
 	for {
 		select {
 		case c, ok := <-commitC:
@@ -177,6 +186,12 @@ func (s *kvstore) readCommits(commitC <-chan *commit) {
 			s.snapshot()
 		case size := <-s.snapped:
 			s.snapshotEnded(size)
+		case <-scrub.C:
+			s.scrub()
+			s.publishTestimony()
+		case err := <-s.broken:
+			s.diverge(err.Error())
+			s.publishTestimony()
 		}
 	}
 }
@@ -204,34 +219,46 @@ func (s *kvstore) apply(c *commit) error {
 	index, rev := s.mu.state.Applied(), s.mu.state.Revision()
 	s.mu.RUnlock()
 	s.publishClock()
+	s.publishTestimony()
 	s.applied.Advance(index)
 	if s.revision.Advance(uint64(rev)); s.hub.Len() > 0 {
-		select {
-		case s.published <- struct{}{}:
-		default: // the dispatcher will look anyway
-		}
+		s.publishChanges()
 	}
 	return nil
+}
+
+// publishChanges wakes the dispatcher.
+func (s *kvstore) publishChanges() {
+	select {
+	case s.published <- struct{}{}:
+	default: // it will look anyway
+	}
 }
 
 func (s *kvstore) applyEntry(e *raftpb.Entry, confs []confResult) error {
 	index := e.GetIndex()
 	if e.GetType() != raftpb.EntryNormal || len(e.GetData()) == 0 {
 		s.mu.Lock()
-		defer s.mu.Unlock()
 		s.mu.state.SetApplied(index)
 		for _, c := range confs {
 			if c.index == index && c.err == nil {
 				s.table = c.members
 				if c.change.Op == opRemove {
 					s.mu.state.ForgetNode(c.change.Member.ID)
+					s.div.changed = true
 				}
 			}
 		}
+		s.mu.Unlock()
+		s.judge() // there may be another majority now
 		return nil
 	}
 	if err := kv.DecodeBatch(e.GetData(), &s.batch); err != nil {
 		return fmt.Errorf("%w: log entry %d: %w", errDurability, index, err)
+	}
+	if w, ok := s.batch.Witness(); ok {
+		s.applyWitness(index, w)
+		return nil
 	}
 	if s.table != nil && s.table.isRemoved(s.batch.Node) || !mayTick(&s.batch, e.GetTerm()) {
 		// The replay window of a removed member is gone (ForgetNode), so a batch
@@ -244,6 +271,7 @@ func (s *kvstore) applyEntry(e *raftpb.Entry, confs []confResult) error {
 	s.mu.Lock()
 	s.results = s.mu.state.Apply(index, &s.batch, s.results[:0])
 	s.mu.Unlock()
+	s.div.changed = true
 	if s.batch.Node == s.node.id && s.batch.Boot == s.node.boot {
 		s.answer(s.batch.Seq)
 	}
@@ -265,6 +293,13 @@ func (s *kvstore) answer(seq uint64) {
 			p.finish(kv.Result{}, errCommitTimeout)
 			continue
 		}
-		p.finish(r, nil)
+		switch s.standing() {
+		case agrees:
+			p.finish(r, nil)
+		case doubts:
+			s.answerLater(func(err error) { p.finish(r, err) })
+		case diverged:
+			p.finish(kv.Result{}, errCommitTimeout)
+		}
 	}
 }

@@ -73,6 +73,8 @@ type raftNode struct {
 	received    atomic.Int64         // bytes of entries in recvC
 	members     atomic.Pointer[membership]
 	clock       atomic.Pointer[clock]                             // published by the apply loop, see clock.go
+	testimony   atomic.Pointer[testimony]                         // published by the apply loop, see divergence.go
+	standing    atomic.Int32                                      // a standing, likewise
 	progress    struct{ committed, last, snapshot atomic.Uint64 } // published for status
 
 	// loop
@@ -107,6 +109,7 @@ type raftNode struct {
 	tended        map[uint64]uint64 // member -> tick of the last housekeeping proposal
 	confQueue     []*confProposal
 	removed       error
+	testified     testified
 	cut           bool   // a commit was not delivered: no later one may be
 	replayed      uint64 // last entry that was committed before this start
 	aside         asideState
@@ -391,6 +394,7 @@ func (n *raftNode) tick() {
 	n.retryReads(false)
 	n.noteSeen()
 	n.proposeTick()
+	n.testify()
 	n.tendMembers()
 	n.complain()
 	for id, at := range n.leaving { // order: does not matter, each goes by itself

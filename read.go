@@ -249,9 +249,11 @@ func (s *kvstore) sync(ctx context.Context, o readOptions) error {
 		}
 	}
 	if o.minRevision > 0 {
-		return s.awaitRevision(ctx, o.minRevision)
+		if err := s.awaitRevision(ctx, o.minRevision); err != nil {
+			return err
+		}
 	}
-	return nil
+	return s.fit(ctx)
 }
 
 // get reads one key (see readOptions for how fresh).
@@ -361,6 +363,9 @@ func (s *kvstore) lease(ctx context.Context, id int64, o readOptions) (leaseInfo
 // watcher under one lock leaves no gap: whatever is applied later is
 // published later.
 func (s *kvstore) subscribe(f watch.Filter, initial bool) (*watch.Watcher, kv.History, *kv.View, error) {
+	if err := s.fitNow(); err != nil {
+		return nil, kv.History{}, nil, err
+	}
 	if initial {
 		s.mu.Lock() // for Clone, which counts as a write
 		defer s.mu.Unlock()
@@ -387,10 +392,17 @@ func (s *kvstore) dispatch(ctx context.Context) {
 	for {
 		select {
 		case <-s.published:
-			next = s.fanOut(next)
 		case <-ctx.Done():
 			return
 		}
+		switch s.standing() {
+		case doubts:
+			continue // there is a nudge when it is settled
+		case diverged:
+			s.hub.Lost()
+			continue
+		}
+		next = s.fanOut(next)
 	}
 }
 

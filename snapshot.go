@@ -284,6 +284,7 @@ type snapshotWriter interface {
 	writeSnapshot(h snapHeader, state *kv.State) (int64, error)
 	readSnapshot(index uint64) (snapHeader, *kv.State, error)
 	purge(oldest uint64) error
+	setAsideSnapshots(good uint64) ([]string, error)
 	sizes() (walBytes, snapBytes int64)
 }
 
@@ -296,7 +297,7 @@ func (s *kvstore) snapshotDue() bool {
 // snapshot starts writing the state as it is now, while writes go on: the copy
 // costs nothing (kv.State.Clone). One at a time.
 func (s *kvstore) snapshot() {
-	if s.snapping || s.table == nil || len(s.table.Members) == 0 {
+	if s.snapping || s.standing() != agrees || s.table == nil || len(s.table.Members) == 0 {
 		return
 	}
 	s.mu.Lock()
@@ -316,6 +317,14 @@ func (s *kvstore) snapshot() {
 func (s *kvstore) writeSnapshot(h snapHeader, state *kv.State) {
 	start := time.Now()
 	d := s.fileSnapshot(h, state)
+	switch {
+	case errors.Is(d.err, kv.ErrBroken):
+		s.broken <- d.err
+		fallthrough
+	case d.err == nil && s.standing() == diverged:
+		s.snapped <- 0 // a file that the log does not vouch for is not loaded
+		return
+	}
 	select {
 	case s.node.snapDoneC <- d:
 	case <-s.node.doneC:
@@ -359,5 +368,6 @@ func (s *kvstore) restore(h *snapHeader) error {
 	s.mu.Unlock()
 	s.table, s.term = got.Members, got.Term
 	s.since.entries, s.since.bytes = 0, 0
+	s.rejoin(h.Index)
 	return nil
 }

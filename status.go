@@ -104,7 +104,11 @@ func (s *kvstore) peers(members *membership) []api.Peer {
 func (s *kvstore) live() []check {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
-	return []check{{"raft loop", s.node.do(ctx, func() {})}}
+	var state error
+	if s.standing() == diverged {
+		state = errDiverged // a restart makes the state anew
+	}
+	return []check{{"raft loop", s.node.do(ctx, func() {})}, {"state as on the other members", state}}
 }
 
 // checks say whether this member should get traffic. A low disk is not among
