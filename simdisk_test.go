@@ -10,7 +10,6 @@ import (
 	"os"
 	"slices"
 
-	"go.etcd.io/etcd/server/v3/storage/wal/walpb"
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/protobuf/proto"
@@ -58,6 +57,21 @@ var _ logStore = (*simDisk)(nil)
 var _ snapshotSource = (*simDisk)(nil)
 var _ snapshotWriter = (*simDisk)(nil)
 
+// receiveSnapshot is not used: the world carries snapshots.
+func (d *simDisk) receiveSnapshot(uint64, io.Reader, func(snapHeader) error) error {
+	panic("a simulated node has no peer port")
+}
+
+func (d *simDisk) setAsideSnapshots(good uint64) (names []string, err error) {
+	for _, i := range slices.Sorted(maps.Keys(d.snaps)) {
+		if i > good {
+			names = append(names, fmt.Sprint(i))
+			delete(d.snaps, i)
+		}
+	}
+	return names, nil
+}
+
 func encoded(m proto.Message) []byte {
 	b, err := proto.Marshal(m)
 	if err != nil {
@@ -67,7 +81,7 @@ func encoded(m proto.Message) []byte {
 }
 
 func snapRecord(m *raftpb.SnapshotMetadata) sim.Record {
-	return sim.Record{Kind: recSnapshot, Data: encoded(walSnapshot(m))}
+	return sim.Record{Kind: recSnapshot, Data: encoded(m)}
 }
 
 // bootstrap is diskStore.bootstrap.
@@ -100,19 +114,19 @@ func (d *simDisk) encodeSnapshot(h snapHeader, state *kv.State) []byte {
 // is whole, then the log after it.
 func (d *simDisk) load() (*recovered, error) {
 	r := &recovered{meta: d.meta, hard: &raftpb.HardState{}, state: kv.NewState()}
-	var marks []*walpb.Snapshot
+	var marks []*raftpb.SnapshotMetadata
 	var ents []*raftpb.Entry
 	for _, rec := range d.log.Records() {
 		switch rec.Kind {
 		case recHard:
 			r.hard = decoded(rec.Data, &raftpb.HardState{})
 		case recSnapshot:
-			marks = append(marks, decoded(rec.Data, &walpb.Snapshot{}))
+			marks = append(marks, decoded(rec.Data, &raftpb.SnapshotMetadata{}))
 		case recEntry:
 			ents = append(ents, decoded(rec.Data, &raftpb.Entry{}))
 		}
 	}
-	marks = slices.DeleteFunc(marks, func(s *walpb.Snapshot) bool { return s.GetIndex() > r.hard.GetCommit() })
+	marks = slices.DeleteFunc(marks, func(s *raftpb.SnapshotMetadata) bool { return s.GetIndex() > r.hard.GetCommit() })
 	d.recorded = nil
 	for _, s := range marks {
 		if d.snaps[s.GetIndex()] != nil {
@@ -278,7 +292,7 @@ func (d *simDisk) purge(oldest uint64) error {
 		case recEntry:
 			return decoded(rec.Data, &raftpb.Entry{}).GetIndex() <= oldest
 		case recSnapshot:
-			return decoded(rec.Data, &walpb.Snapshot{}).GetIndex() < oldest
+			return decoded(rec.Data, &raftpb.SnapshotMetadata{}).GetIndex() < oldest
 		}
 		return false
 	})

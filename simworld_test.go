@@ -374,7 +374,7 @@ func (w *simWorld) do(n *simNode, f func()) {
 // handOver is kvstore.handOver without the wait.
 func (w *simWorld) handOver(n *simNode) {
 	w.do(n, func() {
-		if to := n.n.successor(); to != raft.None {
+		if to := n.n.successor(raft.None); to != raft.None {
 			n.n.raw.TransferLeader(to)
 		}
 	})
