@@ -7,11 +7,13 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"path"
 	"slices"
 	"strings"
 	"sync"
 	"time"
 
+	"go.etcd.io/etcd/client/pkg/v3/types"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/rafthttp"
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
@@ -239,9 +241,40 @@ func (n *raftNode) peerHandler(next http.Handler) http.Handler {
 		case rafthttp.RaftSnapshotPrefix:
 			in.serve(w, r, in.snapshot)
 		default:
+			if id, ok := strings.CutPrefix(r.URL.Path, rafthttp.RaftStreamPrefix+"/"); ok {
+				n.meet(path.Base(id), r.Header.Get("X-Etcd-Cluster-ID"))
+			}
 			next.ServeHTTP(w, r)
 		}
 	})
+}
+
+// maxStrangers bounds the members that a member knows by their connections alone.
+const maxStrangers = 8
+
+// nowhere is where a stranger cannot be reached: what is sent to it travels on
+// the connection that it has opened.
+const nowhere = "http://127.0.0.1:0"
+
+// meet lets a member that this one has not in its table yet open a connection
+// for our answers. Without it a member that was away, or that waits for its
+// first snapshot, could never answer a leader which was let in after the table
+// it knows, and so not learn that it was let in. The address stays unknown until
+// the table says it: a caller does not get to choose where we send.
+func (n *raftNode) meet(hexID, hexCluster string) {
+	id, err := types.IDFromString(hexID)
+	m := n.members.Load()
+	if err != nil || id == 0 || uint64(id) == n.id || raft.IsLocalMsgTarget(uint64(id)) || hexCluster != types.ID(m.ClusterID).String() {
+		return
+	}
+	n.strangers.Lock()
+	defer n.strangers.Unlock()
+	n.strangers.ids = slices.DeleteFunc(n.strangers.ids, func(id uint64) bool { return m.index(id) >= 0 || m.isRemoved(id) })
+	if m.index(uint64(id)) >= 0 || m.isRemoved(uint64(id)) || len(n.strangers.ids) >= maxStrangers || slices.Contains(n.strangers.ids, uint64(id)) {
+		return
+	}
+	n.strangers.ids = append(n.strangers.ids, uint64(id))
+	n.tr.AddPeer(id, []string{nowhere}) // does nothing for a peer that the joiner was told of
 }
 
 func (n *raftNode) serveCluster(w http.ResponseWriter, r *http.Request) {

@@ -744,14 +744,116 @@ func TestPeerURLHeaderRegistersNobody(t *testing.T) {
 		}
 		resp.Body.Close()
 	}
-	// The transport does not list such addresses, and keeps the first it learns:
-	// a message shows which.
+	// The transport does not list such addresses; a message shows where it goes.
 	tr.AddRemote(77, []string{listen("the table's address")})
 	tr.Send([]*raftpb.Message{{Type: raftpb.MsgHeartbeat.Enum(), From: new(uint64(1)), To: new(uint64(77))}})
 	if name := <-heard; name != "the table's address" {
 		t.Errorf("the message went to %s", name)
 	}
 	l.mustPut("k", "v")
+}
+
+// A member that is not in this one's table yet is answered on the connection
+// that it has opened; and with the table comes its address.
+func TestStrangerIsAnswered(t *testing.T) {
+	b := newBenchNode(t)
+	cluster := types.ID(b.raftNode.members.Load().ClusterID)
+	tr := &rafthttp.Transport{Logger: quietLog, DialTimeout: time.Second, ID: types.ID(b.raftNode.id), ClusterID: cluster, Raft: b.raftNode,
+		Snapshotter: snap.New(quietLog, t.TempDir()), ServerStats: stats.NewServerStats("x", "x"), LeaderStats: stats.NewLeaderStats(quietLog, "x"), ErrorC: make(chan error, 1)}
+	if err := tr.Start(); err != nil {
+		t.Fatal(err)
+	}
+	b.raftNode.tr = tr
+	srv := httptest.NewUnstartedServer(b.raftNode.peerHandler(tr.Handler()))
+	srv.Config.ErrorLog = zap.NewStdLog(quietLog)
+	srv.Start()
+	t.Cleanup(func() { tr.Stop(); srv.Close() }) // in this order: streams end with the transport
+	dial := func(id uint64, cluster types.ID) *http.Response {
+		t.Helper()
+		req, err := http.NewRequestWithContext(t.Context(), "GET", srv.URL+"/raft/stream/message/"+types.ID(id).String(), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for k, v := range map[string]string{"X-Etcd-Cluster-ID": cluster.String(), "X-Server-Version": "3.7.0", "X-Min-Cluster-Version": "3.0.0",
+			"X-Server-From": types.ID(id).String(), "X-Raft-To": types.ID(b.raftNode.id).String()} {
+			req.Header.Set(k, v)
+		}
+		resp, err := srv.Client().Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { resp.Body.Close() })
+		return resp
+	}
+	if got := dial(77, cluster+2).StatusCode; got != http.StatusPreconditionFailed {
+		t.Errorf("a stranger of another cluster got %d", got)
+	}
+	if len(b.raftNode.strangers.ids) != 0 {
+		t.Errorf("strangers %v", b.raftNode.strangers.ids)
+	}
+	resp := dial(77, cluster)
+	if resp.StatusCode != http.StatusOK {
+		t.Fatalf("a stranger got %s", resp.Status)
+	}
+	got := make(chan raftpb.MessageType, 1)
+	go func() {
+		for { // rafthttp sends empty heartbeats between
+			var size [8]byte
+			if _, err := io.ReadFull(resp.Body, size[:]); err != nil {
+				return
+			}
+			body := make([]byte, binary.BigEndian.Uint64(size[:]))
+			var m raftpb.Message
+			if _, err := io.ReadFull(resp.Body, body); err != nil || proto.Unmarshal(body, &m) != nil {
+				return
+			}
+			if m.GetTo() == 77 {
+				got <- m.GetType()
+				return
+			}
+		}
+	}()
+	waitFor(t, "an answer on the stranger's connection", func() bool {
+		tr.Send([]*raftpb.Message{{Type: raftpb.MsgAppResp.Enum(), From: new(b.raftNode.id), To: new(uint64(77)), Term: new(uint64(3))}})
+		return len(got) > 0
+	})
+	if typ := <-got; typ != raftpb.MsgAppResp {
+		t.Errorf("got %v", typ)
+	}
+	for id := range uint64(2 * maxStrangers) {
+		dial(100+id, cluster)
+	}
+	if n := len(b.raftNode.strangers.ids); n != maxStrangers {
+		t.Errorf("%d strangers, the limit is %d", n, maxStrangers)
+	}
+	// The table names 77: it makes room for another.
+	m := *b.raftNode.members.Load()
+	m.Members = append(slices.Clone(m.Members), member{ID: 77, PeerURLs: []string{testURL(9)}, Learner: true})
+	b.raftNode.members.Store(&m)
+	if got := dial(200, cluster).StatusCode; got != http.StatusOK {
+		t.Errorf("a stranger for whom there is room got %d", got)
+	}
+}
+
+// A joiner that waits for its first snapshot knows no table; that it was removed
+// meanwhile it hears from those that --cluster names.
+func TestJoinerConfirmsRemoval(t *testing.T) {
+	table := &membership{ClusterID: 7, Members: []member{{ID: 1, PeerURLs: []string{testURL(1)}}}, Removed: []uint64{4}}
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if err := json.NewEncoder(w).Encode(clusterInfo{Member: 1, Members: table}); err != nil {
+			t.Error(err)
+		}
+	}))
+	t.Cleanup(srv.Close)
+	s := &server{cfg: Config{ID: 4, Cluster: []clusterURL{{1, srv.URL}, {4, testURL(4)}}}, node: &raftNode{}, tr: &rafthttp.Transport{ClusterID: 7}}
+	s.node.members.Store(&membership{ClusterID: 7})
+	if err := s.confirmRemoval(t.Context()); !errors.Is(err, errRemoved) {
+		t.Errorf("removed: %v", err)
+	}
+	table = &membership{ClusterID: 7, Members: table.Members}
+	if err := s.confirmRemoval(t.Context()); err != nil {
+		t.Errorf("not removed: %v", err)
+	}
 }
 
 // Hostile messages through Process against a running leader and follower.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -72,10 +73,14 @@ type raftNode struct {
 	changed     broadcast            // tells that soft changed
 	received    atomic.Int64         // bytes of entries in recvC
 	members     atomic.Pointer[membership]
-	clock       atomic.Pointer[clock]                             // published by the apply loop, see clock.go
-	testimony   atomic.Pointer[testimony]                         // published by the apply loop, see divergence.go
-	standing    atomic.Int32                                      // a standing, likewise
-	progress    struct{ committed, last, snapshot atomic.Uint64 } // published for status
+	strangers   struct {
+		sync.Mutex
+		ids []uint64 // peers of the transport that no table has named yet, see meet
+	}
+	clock     atomic.Pointer[clock]                             // published by the apply loop, see clock.go
+	testimony atomic.Pointer[testimony]                         // published by the apply loop, see divergence.go
+	standing  atomic.Int32                                      // a standing, likewise
+	progress  struct{ committed, last, snapshot atomic.Uint64 } // published for status
 
 	// loop
 	raw           *raft.RawNode

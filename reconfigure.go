@@ -142,6 +142,7 @@ func (n *raftNode) reconnect(c memberChange) {
 		}
 	case c.Op == opAdd:
 		n.tr.AddPeer(types.ID(id), c.Member.PeerURLs)
+		n.tr.UpdatePeer(types.ID(id), c.Member.PeerURLs) // of a stranger, see meet
 	case c.Op == opRemove:
 		n.leaving[id] = n.ticks + 3 // time for the removed member to hear of it
 		delete(n.lastSeen, id)

@@ -356,13 +356,22 @@ func (s *server) wait(ctx context.Context, loop, serving <-chan error) error {
 func (s *server) confirmRemoval(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
+	var peers []clusterURL
 	for _, m := range s.node.members.Load().Members {
-		if m.ID == s.cfg.ID {
+		peers = append(peers, clusterURL{m.ID, m.PeerURLs[0]})
+	}
+	for _, c := range s.cfg.Cluster { // a joiner that waits for its first snapshot has no table
+		if !slices.Contains(peers, c) {
+			peers = append(peers, c)
+		}
+	}
+	for _, p := range peers {
+		if p.ID == s.cfg.ID {
 			continue
 		}
-		info, err := askPeer(ctx, peerClient(), m.PeerURLs[0])
+		info, err := askPeer(ctx, peerClient(), p.URL)
 		if err == nil && info.Members.ClusterID == uint64(s.tr.ClusterID) && info.Members.isRemoved(s.cfg.ID) {
-			return fmt.Errorf("%w: member %d was removed, says %s", errRemoved, s.cfg.ID, m.PeerURLs[0])
+			return fmt.Errorf("%w: member %d was removed, says %s", errRemoved, s.cfg.ID, p.URL)
 		}
 	}
 	return nil

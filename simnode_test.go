@@ -502,6 +502,9 @@ func (w *simWorld) deliver(from *simNode, to uint64, m *raftpb.Message) {
 		w.q.At(n.paused+w.faults.Between(0, ms), func() { w.deliver(from, to, m) })
 		return
 	}
+	if !n.peers[from.m.id] && !w.net.IsCut(to, from.m.id) { // it has opened a connection for the answers
+		n.n.meet(types.ID(from.m.id).String(), types.ID(n.n.members.Load().ClusterID).String())
+	}
 	if err := n.n.Process(context.Background(), m); err != nil {
 		if n.n.IsIDRemoved(m.GetFrom()) {
 			w.cover.Hit("removed/refused")
