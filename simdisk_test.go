@@ -57,9 +57,29 @@ var _ logStore = (*simDisk)(nil)
 var _ snapshotSource = (*simDisk)(nil)
 var _ snapshotWriter = (*simDisk)(nil)
 
-// receiveSnapshot is not used: the world carries snapshots.
-func (d *simDisk) receiveSnapshot(uint64, io.Reader, func(snapHeader) error) error {
-	panic("a simulated node has no peer port")
+// receiveSnapshot is that of diskStore.
+func (d *simDisk) receiveSnapshot(index uint64, body io.Reader, fits func(snapHeader) error) error {
+	b, err := io.ReadAll(body)
+	if err != nil {
+		return err
+	}
+	head, err := kv.VerifySnapshot(bytes.NewReader(b))
+	if err != nil {
+		return err
+	}
+	h, err := decodeSnapHeader(head)
+	if err == nil {
+		err = fits(h)
+	}
+	if err != nil {
+		return err
+	}
+	if old, err := d.verifySnapshot(index); err == nil && fits(old) == nil {
+		return nil
+	}
+	d.snaps[index] = b
+	delete(d.spoiled, index)
+	return nil
 }
 
 func (d *simDisk) setAsideSnapshots(good uint64) (names []string, err error) {
@@ -317,12 +337,6 @@ func (d *simDisk) writeSnapshot(h snapHeader, state *kv.State) (int64, error) {
 	return int64(len(b)), nil
 }
 
-// receive is what snap.Snapshotter.SaveDBFrom does: a file that is there stays.
-func (d *simDisk) receive(index uint64, b []byte) {
-	if d.snaps[index] == nil {
-		d.snaps[index] = slices.Clone(b)
-	}
-}
 
 func (d *simDisk) file(index uint64) ([]byte, error) {
 	if b := d.snaps[index]; b != nil {
@@ -384,11 +398,6 @@ func (d *simDisk) verifySnapshot(index uint64) (snapHeader, error) {
 		err = fmt.Errorf("snapshot %d holds entry %d", index, h.Index)
 	}
 	return h, err
-}
-
-func (d *simDisk) discardSnapshot(index uint64) error {
-	delete(d.snaps, index)
-	return nil
 }
 
 func (d *simDisk) freeBytes() (int64, error) {

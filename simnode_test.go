@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -595,7 +596,10 @@ func (w *simWorld) receiveSnapshot(from *simNode, to, index uint64, b []byte, m 
 		w.mark("no room for a snapshot", o)
 		return errDiskLow
 	}
-	o.disk.receive(index, b)
+	if err := o.disk.receiveSnapshot(index, bytes.NewReader(b), func(h snapHeader) error { return o.node.n.snapshotFits(m, h) }); err != nil {
+		w.mark("snapshot refused", o)
+		return err
+	}
 	w.line(to, "receives a snapshot", from.m.id, index, 0, "")
 	err := o.node.n.Process(context.Background(), m)
 	w.wake(o.node)
