@@ -53,8 +53,10 @@ func (f memFiles) snapshotHeader(i uint64) (snapHeader, error) {
 func (f memFiles) receiveSnapshot(uint64, io.Reader, func(snapHeader) error) error {
 	return errors.ErrUnsupported
 }
-func (f memFiles) freeBytes() (int64, error) { return 1 << 40, nil }
-func (f memFiles) oldestKept() uint64        { return 0 }
+func (f memFiles) verifySnapshot(i uint64) (snapHeader, error) { return f.snapshotHeader(i) }
+func (f memFiles) forgetSnapshot(uint64) uint64                { return 0 }
+func (f memFiles) freeBytes() (int64, error)                   { return 1 << 40, nil }
+func (f memFiles) oldestKept() uint64                          { return 0 }
 
 type memStore struct{}
 

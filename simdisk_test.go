@@ -82,6 +82,14 @@ func (d *simDisk) receiveSnapshot(index uint64, body io.Reader, fits func(snapHe
 	return nil
 }
 
+func (d *simDisk) forgetSnapshot(index uint64) (newest uint64) {
+	d.recorded = slices.DeleteFunc(d.recorded, func(i uint64) bool { return i == index })
+	if len(d.recorded) > 0 {
+		newest = d.recorded[len(d.recorded)-1]
+	}
+	return newest
+}
+
 func (d *simDisk) setAsideSnapshots(good uint64) (names []string, err error) {
 	for _, i := range slices.Sorted(maps.Keys(d.snaps)) {
 		if i > good {
@@ -336,7 +344,6 @@ func (d *simDisk) writeSnapshot(h snapHeader, state *kv.State) (int64, error) {
 	d.m.w.trace.Add(sim.Line{At: d.m.w.q.Now(), Who: d.m.id, What: "snapshot file", A: h.Index, B: h.Term, C: uint64(len(b))})
 	return int64(len(b)), nil
 }
-
 
 func (d *simDisk) file(index uint64) ([]byte, error) {
 	if b := d.snaps[index]; b != nil {

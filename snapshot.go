@@ -34,6 +34,8 @@ type snapshotSource interface {
 	openSnapshot(index uint64) (snapFile, error)
 	snapshotHeader(index uint64) (snapHeader, error)
 	receiveSnapshot(index uint64, body io.Reader, fits func(snapHeader) error) error
+	verifySnapshot(index uint64) (snapHeader, error)
+	forgetSnapshot(index uint64) (newest uint64)
 	freeBytes() (int64, error)
 	oldestKept() uint64
 }
@@ -109,7 +111,7 @@ func (n *raftNode) sendSnapshot(m *raftpb.Message) {
 	to, index := m.GetTo(), m.GetSnapshot().GetMetadata().GetIndex()
 	f, err := n.snaps.openSnapshot(index)
 	if err != nil {
-		n.log.Error("cannot send a snapshot", zap.Uint64("to", to), zap.Uint64("index", index), zap.Error(err))
+		n.dropSnapshot(index, err)
 		n.ReportSnapshot(to, raft.SnapshotFailure)
 		return
 	}
@@ -123,14 +125,37 @@ func (n *raftNode) sendSnapshot(m *raftpb.Message) {
 		select {
 		case ok = <-sm.CloseNotify():
 		case <-n.doneC:
+			return
+		}
+		var damage error
+		if !ok {
+			// The receiver may have refused what this disk has done to the file
+			// since it was written, and would refuse it for ever.
+			_, damage = n.snaps.verifySnapshot(index)
 		}
 		n.mail.post(func() {
 			delete(n.sending, to)
+			if damage != nil {
+				n.dropSnapshot(index, damage)
+			}
 			if !ok {
 				n.raw.ReportSnapshot(to, raft.SnapshotFailure)
 			}
 		})
 	})
+}
+
+// dropSnapshot stops counting on a file that cannot be read any more, and has
+// another one written: of a later index, or of the same in the place of this one.
+func (n *raftNode) dropSnapshot(index uint64, why error) {
+	newest := n.snaps.forgetSnapshot(index)
+	if n.mem.newest.GetMetadata().GetIndex() != index {
+		return // nobody is offered it any more; it may have been purged
+	}
+	n.log.Error("a snapshot on this disk is damaged and is written again; check the disk", zap.Uint64("index", index), zap.Error(why))
+	n.mem.newest = nil
+	n.progress.snapshot.Store(newest)
+	n.wantSnapshot()
 }
 
 // install takes over a snapshot that a leader sent: its file was verified when

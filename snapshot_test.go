@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -85,4 +86,47 @@ func TestMemoryLogWaitsForConnectedFollower(t *testing.T) {
 		t.Errorf("it was sent a snapshot at %d", got)
 	}
 	c.check()
+}
+
+// The disk damages a snapshot while the member runs, and a follower needs it: the
+// leader notices and writes another, also where nothing was written since, so
+// that the new one has the index of the old.
+func TestDamagedSnapshotIsWrittenAgain(t *testing.T) {
+	smallSegments(t, 1<<20)
+	for name, harm := range map[string]func(t *testing.T, path string){
+		"flipped": func(t *testing.T, path string) {
+			rewrite(t, path, func(b []byte) []byte { b[len(b)*2/3] ^= 1; return b })
+		},
+		"cut": func(t *testing.T, path string) { rewrite(t, path, func(b []byte) []byte { return b[:len(b)/2] }) },
+		"gone": func(t *testing.T, path string) {
+			if err := os.Remove(path); err != nil {
+				t.Fatal(err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := newCluster(t, 3, func(cfg *Config) { cfg.SnapshotEntries, cfg.CatchUpBytes = 1<<40, 1<<10 })
+			l, f := c.leader(), c.follower()
+			c.check()
+			c.isolate(f.id, true)
+			l.fill("k", 300)
+			at := l.store.applied.At()
+			l.node.requestSnapshot()
+			c.wait("a snapshot of the last entry", func() bool { return l.node.progress.snapshot.Load() >= at })
+			if err := l.node.do(c.ctx(), l.node.trimLog); err != nil {
+				t.Fatal(err)
+			}
+			index := l.node.progress.snapshot.Load()
+			harm(t, l.disk.snapPath(index))
+			c.isolate(f.id, false)
+			c.wait("the follower", func() bool { return f.store.applied.At() >= at })
+			if _, err := l.disk.verifySnapshot(l.node.progress.snapshot.Load()); err != nil {
+				t.Errorf("the newest snapshot: %v", err)
+			}
+			c.check()
+			c.stop(l.id) // and starts from what it wrote
+			c.start(l.id)
+			c.check()
+		})
+	}
 }

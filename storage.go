@@ -2,11 +2,9 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io"
 	"io/fs"
 	"os"
@@ -96,6 +94,7 @@ type diskStore struct {
 	mu struct {
 		sync.Mutex
 		closed bool // purge, which runs beside the loop, may come late
+		sent   int  // snapshot files that are open to be sent
 	}
 }
 
@@ -182,77 +181,6 @@ func (d *diskStore) clean() error {
 		}
 	}
 	return nil
-}
-
-// nextBoot counts this start, durably, before the first proposal carries it. A
-// number that was used before would make the replay windows of all members take
-// new batches for old ones.
-func (d *diskStore) nextBoot() (uint64, error) {
-	path := filepath.Join(d.dir, "boots")
-	const hint = "write a number there that is larger than ever before, such as"
-	var boots uint64
-	switch b, err := os.ReadFile(path); {
-	case err == nil:
-		// Without a checksum: by an operator, or by version 0.1.0.
-		text, err := unseal(b)
-		if line, ok := strings.CutSuffix(string(b), "\n"); err != nil && ok {
-			text, err = line, nil
-		}
-		if err == nil {
-			boots, err = strconv.ParseUint(text, 10, 64)
-		}
-		if err != nil {
-			return 0, fmt.Errorf("%w: %s is damaged; %s %d", errRefuse, path, hint, time.Now().Unix())
-		}
-	case !errors.Is(err, fs.ErrNotExist):
-		return 0, err
-	case d.exists():
-		return 0, fmt.Errorf("%w: %s is missing; %s %d", errRefuse, path, hint, time.Now().Unix())
-	}
-	boots++
-	return boots, writeFileSync(path, seal(strconv.FormatUint(boots, 10)))
-}
-
-// seal adds a checksum to the one line of a small file; unseal takes it off.
-func seal(line string) string {
-	return fmt.Sprintf("%s %08x\n", line, crc32.Checksum([]byte(line), castagnoli))
-}
-
-func unseal(b []byte) (string, error) {
-	if at := bytes.LastIndexByte(b, ' '); at >= 0 && seal(string(b[:at])) == string(b) {
-		return string(b[:at]), nil
-	}
-	return "", errNotOurs
-}
-
-// markRemoved makes sure that a removed member never starts again from this
-// directory (a removed id never comes back).
-func (d *diskStore) markRemoved(reason string) error {
-	return writeFileSync(filepath.Join(d.dir, "removed"), reason+"\n")
-}
-
-// writeFileSync replaces a small file so that a crash leaves the old or the new one.
-func writeFileSync(path, content string) error {
-	f, err := os.OpenFile(path+".tmp", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, werr := f.WriteString(content)
-	if err := errors.Join(werr, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(path+".tmp", path); err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(path))
-}
-
-func syncDir(dir string) error {
-	f, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
 }
 
 func (d *diskStore) walDir() string  { return filepath.Join(d.dir, "wal") }
@@ -382,6 +310,8 @@ type snapFile struct {
 }
 
 func (d *diskStore) openSnapshot(index uint64) (snapFile, error) {
+	d.mu.Lock() // a purge may make another file of this one
+	defer d.mu.Unlock()
 	f, err := os.Open(d.snapPath(index))
 	if err != nil {
 		return snapFile{}, err
@@ -390,7 +320,22 @@ func (d *diskStore) openSnapshot(index uint64) (snapFile, error) {
 	if err != nil {
 		return snapFile{}, errors.Join(err, f.Close())
 	}
-	return snapFile{f, info.Size()}, nil
+	d.mu.sent++
+	return snapFile{sentFile{f, sync.OnceFunc(func() {
+		d.mu.Lock()
+		d.mu.sent--
+		d.mu.Unlock()
+	})}, info.Size()}, nil
+}
+
+type sentFile struct {
+	*os.File
+	closed func()
+}
+
+func (f sentFile) Close() error {
+	f.closed()
+	return f.File.Close()
 }
 
 // snapshotHeader reads who and when of a snapshot file that was verified before.
@@ -587,6 +532,16 @@ func (d *diskStore) snapshotFiles() ([]uint64, error) {
 	return out, nil
 }
 
+// forgetSnapshot says that a file which the log vouches for is damaged: a purge
+// must not count it. It returns the newest of the others, 0: none.
+func (d *diskStore) forgetSnapshot(index uint64) (newest uint64) {
+	d.recorded = slices.DeleteFunc(d.recorded, func(i uint64) bool { return i == index })
+	if len(d.recorded) > 0 {
+		newest = slices.Max(d.recorded)
+	}
+	return newest
+}
+
 // oldestKept is the oldest snapshot that survives a purge; 0 if nothing is to go.
 // Only those count that the log vouches for: no member starts from another.
 func (d *diskStore) oldestKept() uint64 {
@@ -609,13 +564,15 @@ func (d *diskStore) purge(oldest uint64) error {
 		return err
 	}
 	for _, i := range files {
-		if i < oldest {
-			if err := os.Rename(d.snapPath(i), d.spareSnapshot()); err != nil {
-				return err
-			}
+		switch {
+		case i >= oldest:
+		case d.mu.sent > 0: // it may be this one, and must not be written over
+			err = errors.Join(err, os.Remove(d.snapPath(i)))
+		default:
+			err = errors.Join(err, os.Rename(d.snapPath(i), d.spareSnapshot()))
 		}
 	}
-	return nil
+	return err
 }
 
 // sizes are the bytes of the log segments (they are allocated ahead) and of

@@ -1272,7 +1272,21 @@ func TestPurgedSnapshotIsWrittenOver(t *testing.T) {
 	if err != nil || !os.SameFile(before, after) || after.Size() >= before.Size() {
 		t.Fatalf("snapshot 4 is not the purged file, cut to its length: %v, %v", after, err)
 	}
-	if h, got, err := d.readSnapshot(4); err != nil || h.Index != 4 || got.Hash() != state.Hash() {
+	f, err := d.openSnapshot(3)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.purge(4); err != nil {
+		t.Fatal(err)
+	}
+	write(5, state)
+	if _, err := kv.VerifySnapshot(f); err != nil {
+		t.Errorf("a purged snapshot was written over while it was sent: %v", err)
+	}
+	if err := f.Close(); err != nil {
+		t.Error(err)
+	}
+	if h, got, err := d.readSnapshot(4); err != nil || h.Index != 4 || got.Applied() != 4 {
 		t.Fatalf("snapshot 4 reads %+v, %v", h, err)
 	}
 }
