@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -349,5 +350,153 @@ func TestYieldTo(t *testing.T) {
 		if now := f.node.soft.Load(); now.lead == f.id || now.term <= term {
 			t.Fatalf("member %d, which asked, leads in term %d, before %d", now.lead, now.term, term)
 		}
+	}
+}
+
+// The rules one by one, on a loop without a disk: T is 5.
+func TestAsideRules(t *testing.T) {
+	b := newBenchNode(t)
+	ended := 0
+	b.aside.init(&aside{5, func() error { ended++; return nil }})
+	if err := b.raw.Step(message(raftpb.MsgHeartbeat, 2, 6)); err != nil { // the new log begins in term 6
+		t.Fatal(err)
+	}
+	b.settle(t)
+	b.sent = nil
+	give := func(m *raftpb.Message) {
+		t.Helper()
+		if err := b.receive(m); err != nil {
+			t.Fatal(err)
+		}
+		b.settle(t)
+	}
+	sent := func(typ raftpb.MessageType) (found *raftpb.Message) {
+		for _, m := range b.sent {
+			if m.GetType() == typ {
+				found = m
+			}
+		}
+		b.sent = nil
+		return found
+	}
+	appends := func(from, term, index, logTerm uint64, ents ...*raftpb.Entry) *raftpb.Message {
+		m := message(raftpb.MsgApp, from, term)
+		m.Index, m.LogTerm, m.Commit, m.Entries = new(index), new(logTerm), new(uint64(1)), ents
+		return m
+	}
+	stands := func(when string, want bool) {
+		t.Helper()
+		if b.aside.stands() != want || (ended == 0) != want {
+			t.Fatalf("%s: it stands aside: %v, the file was removed %d times", when, b.aside.stands(), ended)
+		}
+	}
+
+	// It gives no vote, to nobody, and does not campaign.
+	for _, typ := range []raftpb.MessageType{raftpb.MsgPreVote, raftpb.MsgVote, raftpb.MsgTimeoutNow} {
+		m := message(typ, 3, 9)
+		m.Index, m.LogTerm = new(uint64(100)), new(uint64(8))
+		give(m)
+		if len(b.sent) > 0 {
+			t.Errorf("%v is answered with %v", typ, b.sent[0].GetType())
+		}
+	}
+	for range 20 * b.cfg.ElectionTicks {
+		b.tick()
+		b.settle(t)
+	}
+	if m := sent(raftpb.MsgPreVote); m != nil || b.now.state != raft.StateFollower || b.now.term != 6 {
+		t.Errorf("it campaigns: %v, %v in term %d", m, b.now.state, b.now.term)
+	}
+
+	// An old leader is left alone for a while, and then told of the newer term.
+	last := b.stable
+	for _, m := range []*raftpb.Message{appends(2, 5, last, 1, entry(last+1, 5)), message(raftpb.MsgHeartbeat, 2, 4)} {
+		b.aside.heard = 0
+		give(m)
+		if len(b.sent) > 0 {
+			t.Errorf("an old leader is answered at once with %v", b.sent[0].GetType())
+		}
+		for range asidePatience {
+			b.tick()
+		}
+		give(m)
+		if r := sent(raftpb.MsgAppResp); r.GetTerm() != 6 || b.stable != last {
+			t.Errorf("an old leader is answered with %v, and the log goes to entry %d", r, b.stable)
+		}
+	}
+
+	// A new leader is followed, but its old entries prove nothing.
+	give(appends(3, 7, last, 1, entry(last+1, 5)))
+	if r := sent(raftpb.MsgAppResp); r.GetReject() || r.GetIndex() != last+1 {
+		t.Fatalf("a new leader is answered with %v", r)
+	}
+	stands("with the entries of terms up to 5", true)
+	give(appends(3, 7, last+1, 5, entry(last+2, 7)))
+	stands("with an entry of term 7", false)
+	m := message(raftpb.MsgVote, 2, 8)
+	m.Index, m.LogTerm, m.Context = new(last+2), new(uint64(7)), []byte("CampaignTransfer")
+	give(m)
+	if r := sent(raftpb.MsgVoteResp); r == nil || r.GetReject() {
+		t.Errorf("it does not vote again: %v", r)
+	}
+}
+
+// A crash between the entry that ends it and the end: the next start makes up for it.
+// And with entries of up to T only, it stands aside as before.
+func TestAsideEndsAtStart(t *testing.T) {
+	smallSegments(t, 1<<16)
+	for _, x := range []struct {
+		aside uint64 // the log ends in term 1
+		want  bool
+	}{{1, true}, {2, true}, {0, false}} {
+		w := writeLog(t, 10)
+		d := openTestDir(t, w.dir)
+		if err := d.writeAside(&asideFile{Term: x.aside, Cluster: soleFounder().ClusterID, Member: 1, Number: 1, Moved: true}); err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			r, err := d.load()
+			if err != nil || (r.aside != nil) != x.want {
+				t.Errorf("promises up to term %d: %+v, %v", x.aside, r.aside, err)
+			}
+			if a, err := d.readAside(); err != nil || (a != nil) != x.want {
+				t.Errorf("promises up to term %d: the file is there: %v, %v", x.aside, a != nil, err)
+			}
+			d.mustClose(t)
+			d = openTestDir(t, w.dir)
+		}
+		d.mustClose(t)
+	}
+}
+
+// A file that is damaged is no leave to vote.
+func TestDamagedAsideIsRefused(t *testing.T) {
+	smallSegments(t, 1<<16)
+	w := writeLog(t, 10)
+	d := openTestDir(t, w.dir)
+	if err := d.writeAside(&asideFile{Term: 9, Cluster: soleFounder().ClusterID, Member: 1, Number: 1, Moved: true}); err != nil {
+		t.Fatal(err)
+	}
+	d.mustClose(t)
+	good, err := os.ReadFile(filepath.Join(w.dir, "aside"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	tried := 0
+	for bit := range len(good) * 8 {
+		bad := slices.Clone(good)
+		bad[bit/8] ^= 1 << (bit % 8)
+		for _, b := range [][]byte{bad, good[:bit/8]} {
+			if err := os.WriteFile(filepath.Join(w.dir, "aside"), b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			tried++
+			if _, err := openDataDir(w.dir, 1, 2, quietLog); !errors.Is(err, errRefuse) || !strings.Contains(err.Error(), "aside") {
+				t.Fatalf("%q: %v", b, err)
+			}
+		}
+	}
+	if tried < 1000 {
+		t.Errorf("only %d were tried", tried)
 	}
 }
