@@ -323,6 +323,14 @@ func TestRemovedMemberNeverStarts(t *testing.T) {
 			t.Fatalf("a removed member: %v", err)
 		}
 	}
+	// A file that cannot be read is no leave to start.
+	path := filepath.Join(w.dir, "removed")
+	if err := errors.Join(os.Remove(path), os.Mkdir(path, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := openDataDir(w.dir, 1, 2, quietLog); !errors.Is(err, errRefuse) || !strings.Contains(err.Error(), "may have been removed") {
+		t.Fatalf("a file that cannot be read: %v", err)
+	}
 }
 
 // The newest snapshot is damaged: the one before and the log make the same state.
