@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
@@ -499,4 +500,38 @@ func TestDamagedAsideIsRefused(t *testing.T) {
 	if tried < 1000 {
 		t.Errorf("only %d were tried", tried)
 	}
+}
+
+// Real processes, under load: the damaged member asks the leader to hand over, and
+// once it has healed a majority stands with it.
+func TestProcessStandAside(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, 3, 0)
+	s.start(1, 2, 3)
+	leader := s.leader()
+	hurt := s.others(leader)[0]
+	rest := s.others(hurt)
+	l := s.load(rest...)
+	l.grow(100)
+	s.nodes[hurt].crash()
+	log, frames := logFrames(t, s.data(hurt))
+	middle := frames[len(frames)/2]
+	flipBit(t, log, middle.data+middle.size-1)
+	began := time.Now()
+	s.start(hurt)
+	l.grow(100)
+	t.Logf("healed after %v, no write for %v", time.Since(began).Round(time.Millisecond), l.gap(began).Round(time.Millisecond))
+	for what, p := range map[string]*process{"stands aside": s.nodes[hurt], "votes again": s.nodes[hurt], "handing over leadership": s.nodes[leader]} {
+		if !strings.Contains(p.stderr.String(), what) {
+			t.Errorf("%s does not say %q:\n%s", p.name, what, tail(p.stderr.String(), 10))
+		}
+	}
+	if gap := l.gap(began); gap > maxWriteGap {
+		t.Errorf("writes stopped for %v", gap)
+	}
+	l.stop()
+	s.nodes[rest[0]].crash()
+	delete(s.nodes, rest[0])
+	l.verify()
+	s.nodes[hurt].put("my-key", "hello")
 }

@@ -233,7 +233,12 @@ func quiet(log *zap.Logger) *zap.Logger {
 // empty.
 func (d *diskStore) bootstrap(id uint64, m *membership, joined bool) error {
 	meta := walMetadata{Version: 1, ClusterID: m.ClusterID, MemberID: id, Joined: joined}
-	if err := errors.Join(writeFileSync(filepath.Join(d.dir, "boots"), seal("0")), syncDir(filepath.Dir(d.dir))); err != nil {
+	// From here on boots has to be there.
+	err := syncDir(filepath.Dir(d.dir))
+	if _, missing := os.Stat(filepath.Join(d.dir, "boots")); missing != nil {
+		err = errors.Join(err, writeFileSync(filepath.Join(d.dir, "boots"), seal("0")))
+	}
+	if err != nil {
 		return fmt.Errorf("%w: create log: %w", errDurability, err)
 	}
 	return d.createLog(meta, func(l *wal.Log) error {
