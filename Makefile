@@ -8,7 +8,7 @@ BENCH    ?= .
 DURATION ?= 10m
 SEED     ?= 0
 
-.PHONY: help test race lint fuzz stress chaos bench ci clean
+.PHONY: help test race lint fuzz stress sweep chaos bench ci clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,9 @@ stress: ## run the tests RUN (a pattern) COUNT (50) times under the race detecto
 
 chaos: ## break the network and the processes of a cluster for DURATION (10m), as root; SEED repeats a run
 	go test -v -timeout 0 -run '^TestProcessChaos$$' -chaos.duration $(DURATION) -chaos.seed $(SEED) .
+
+sweep: ## damage every bit of a member's files, and start from what a power loss leaves after each system call
+	go test -v -timeout 60m -run '^(TestDamageIsNoticed|TestCrashImages)$$' . -sweep.all -crash.all
 
 bench: ## run the benchmarks BENCH (all) in PKG
 	go test -run '^$$' -bench '$(BENCH)' -benchmem $(PKG)

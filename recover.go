@@ -131,7 +131,11 @@ func (d *diskStore) readEntries(r *recovered) error {
 		if at > uint64(len(r.entries)) {
 			return fmt.Errorf("entry %d follows entry %d", index, r.snap.Index+uint64(len(r.entries)))
 		}
-		r.entries = append(r.entries[:at], &raftpb.Entry{Type: raftpb.EntryType(kind).Enum(), Term: new(term), Index: new(index), Data: bytes.Clone(data)})
+		e := &raftpb.Entry{Type: raftpb.EntryType(kind).Enum(), Term: new(term), Index: new(index)}
+		if len(data) > 0 {
+			e.Data = bytes.Clone(data)
+		}
+		r.entries = append(r.entries[:at], e)
 		return nil
 	}})
 	if err != nil {

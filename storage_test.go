@@ -1288,8 +1288,9 @@ func TestPurgedSnapshotIsWrittenOver(t *testing.T) {
 		t.Fatal(err)
 	}
 	write(5, state)
-	if _, err := kv.VerifySnapshot(f); err != nil {
-		t.Errorf("a purged snapshot was written over while it was sent: %v", err)
+	head, err := kv.VerifySnapshot(f)
+	if h, herr := decodeSnapHeader(head); err != nil || herr != nil || h.Index != 3 {
+		t.Errorf("a purged snapshot was written over while it was sent: %+v, %v, %v", h, err, herr)
 	}
 	if err := f.Close(); err != nil {
 		t.Error(err)

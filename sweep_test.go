@@ -364,39 +364,67 @@ func sample(rng *rand.Rand, all []damage, n int) (out []damage) {
 	return out
 }
 
-// The one byte of a record that its checksum leaves out: each of its bits, in every
-// record of the log.
-func TestRecordOfAnotherType(t *testing.T) {
-	f := newFixture(t)
-	tried := 0
-	for name, whole := range f.files {
-		if !strings.HasPrefix(name, "wal") {
-			continue
+// frames are the places of a segment's frames, see internal/wal.
+func frames(whole []byte) (places []int) {
+	for at := 4096; at+24 <= len(whole); {
+		size := binary.LittleEndian.Uint32(whole[at:])
+		if size == 0 || ^size != binary.LittleEndian.Uint32(whole[at+20:]) {
+			break
 		}
-		for at := 0; at+8 < len(whole); {
-			length := binary.LittleEndian.Uint64(whole[at:])
-			if length == 0 {
-				break // free space
-			}
-			if whole[at+8] != 8 { // the tag of the first field
-				t.Fatalf("%s: no record at %d", name, at)
-			}
-			for bit := range 8 {
-				bad := bytes.Clone(whole)
-				bad[at+9] ^= 1 << bit
-				if err := os.WriteFile(filepath.Join(f.dir, name), bad, 0o600); err != nil {
-					t.Fatal(err)
-				}
-				tried++
-				if wrong, _ := f.start(t); wrong != "" {
-					t.Errorf("type %d for %d at %d of %s: %s", bad[at+9], whole[at+9], at, name, wrong)
-				}
-				f.restore(t)
-			}
-			at += 8 + int(length&(1<<56-1)) + int(length>>56&7)
+		places = append(places, at)
+		at += (24 + int(size) + 7) &^ 7
+	}
+	return places
+}
+
+// A power loss took the mark back to what had reached the disk by itself, and then
+// the log is damaged. That is told from a write that was cut short all the same, as
+// the log goes on behind it.
+func TestDamageAfterPowerLoss(t *testing.T) {
+	f := newFixture(t)
+	var name string
+	for n := range f.files {
+		if strings.HasPrefix(n, "wal") {
+			name = max(name, n)
 		}
 	}
-	if tried < 500 {
-		t.Errorf("only %d were tried", tried)
+	whole, places := f.files[name], frames(f.files[name])
+	if len(places) < 5 {
+		t.Fatalf("%s has %d frames", name, len(places))
+	}
+	sure := places[len(places)-1] // one frame comes after it
+	f.files["synced"] = f.older["synced"][len(f.older["synced"])/2]
+	f.restore(t)
+	if wrong, err := f.start(t); wrong != "" || err != nil {
+		t.Fatalf("the mark alone: %s, %v", wrong, err)
+	}
+	tries := map[string]func(b []byte, at int){
+		"flip":     func(b []byte, at int) { b[at] ^= 1 << (at % 8) },
+		"zero 8":   func(b []byte, at int) { clear(b[at:min(at+8, sure)]) },
+		"zero 512": func(b []byte, at int) { clear(b[at&^511 : min(at&^511+512, sure)]) },
+	}
+	noticed, lost := 0, 0
+	for kind, harm := range tries {
+		for at := places[0]; at < sure; at += 8 {
+			bad := bytes.Clone(whole)
+			if harm(bad, at); bytes.Equal(bad, whole) {
+				continue
+			}
+			f.restore(t)
+			if err := os.WriteFile(filepath.Join(f.dir, name), bad, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			wrong, refusal := f.start(t)
+			if wrong != "" {
+				if lost++; lost < 10 {
+					t.Errorf("%s at %d of %d: %s", kind, at, sure, wrong)
+				}
+			} else if refusal != nil {
+				noticed++
+			}
+		}
+	}
+	if noticed < 100 {
+		t.Errorf("only %d were noticed", noticed)
 	}
 }
