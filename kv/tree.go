@@ -1,6 +1,8 @@
 package kv
 
 import (
+	"cmp"
+	"encoding/binary"
 	"fmt"
 	"runtime"
 	"slices"
@@ -28,24 +30,68 @@ type owner struct{ _ byte }
 
 // node is a node of a tree. Each but the root has at least one item, and an inner
 // one has one child more than it has items.
+//
+// A look-up waits for memory most of its time, so a node is one run of bytes, and
+// the records of the items, which are anywhere, are read only where tags are
+// equal. Measured with cold caches against nodes of pointers alone: a third less
+// time for a get at 10,000 keys, for 7 to 11 bytes an entry.
 type node struct {
 	owner    *owner
-	size     int     // items in it and below
 	items    []*byte // ascending by key (record.go: keyAt, recordAt)
 	children []*node // nil: a leaf
+	size     int     // items in it and below
+	// skip is how many bytes the keys of the items have in common at their front,
+	// or fewer: deletions leave it as it is. front has these bytes as far as there
+	// is room, and tags[i] those that follow in the key of items[i] (tagOf).
+	skip  int
+	front [maxFront]byte
+	tags  [maxItems + 1]uint32
+}
+
+// leaf and branch are the memory of a node: its slices point into them.
+type leaf struct {
+	node
+	room [maxItems + 1]*byte
+}
+
+type branch struct {
+	leaf
+	room [maxItems + 2]*node
 }
 
 const (
-	maxItems = 64 // in a node; one more for the moment before it is split
+	// maxItems is how many a node has; one more for the moment before it is split.
+	// A leaf of 74 takes 1016 bytes, and the allocator has 1024 for it with what
+	// it adds. Twice and half as many are not faster.
+	maxItems = 74
 	// minItems is where a deletion looks for a neighbour to share with. Splits
 	// at an end leave nodes that are smaller.
 	minItems = maxItems / 4
-	// nodeRoom is the room that a full slice of items gets. 64 bytes more are the
-	// next but one size that the allocator has: nodes waste next to nothing.
-	nodeRoom = 8
+	// maxFront is what a search compares without reading a record.
+	maxFront = 40
 )
 
 func newItemTree() *itemTree { return &itemTree{owner: new(owner)} }
+
+func (t *itemTree) newLeaf() *node {
+	l := new(leaf)
+	l.owner, l.items = t.owner, l.room[:0]
+	return &l.node
+}
+
+func (t *itemTree) newBranch() *node {
+	b := new(branch)
+	b.owner, b.items, b.children = t.owner, b.leaf.room[:0], b.room[:0]
+	return &b.node
+}
+
+// like returns an empty node of the level of n.
+func (t *itemTree) like(n *node) *node {
+	if n.children == nil {
+		return t.newLeaf()
+	}
+	return t.newBranch()
+}
 
 // clone returns a copy. The two share nodes until one of them changes those.
 func (t *itemTree) clone() *itemTree {
@@ -64,18 +110,36 @@ func (t *itemTree) len() int {
 func (t *itemTree) own(at **node) *node {
 	n := *at
 	if n.owner != t.owner {
-		n = &node{t.owner, n.size, slices.Clone(n.items), slices.Clone(n.children)}
-		*at = n
+		c := t.like(n)
+		c.items, c.children = append(c.items, n.items...), append(c.children, n.children...)
+		c.size, c.skip, c.front, c.tags = n.size, n.skip, n.front, n.tags
+		n, *at = c, c
 	}
 	return n
 }
 
-// search returns where the key is among the items, or belongs.
+// search returns where the key is among the items, or belongs. The key may be any:
+// one without the common front lies before or behind all of them.
 func (n *node) search(key string) (int, bool) {
+	front := stringOf(n.front[:min(n.skip, maxFront)])
+	if n.skip > maxFront {
+		front = keyAt(n.items[0])[:n.skip]
+	}
+	switch c := strings.Compare(key[:min(n.skip, len(key))], front); {
+	case c < 0:
+		return 0, false
+	case c > 0:
+		return len(n.items), false
+	}
+	tag := tagOf(key, n.skip)
 	low, high := 0, len(n.items)
 	for low < high {
 		i := int(uint(low+high) / 2)
-		switch c := strings.Compare(keyAt(n.items[i]), key); {
+		c := cmp.Compare(n.tags[i], tag)
+		if c == 0 {
+			c = strings.Compare(keyAt(n.items[i]), key)
+		}
+		switch {
 		case c == 0:
 			return i, true
 		case c < 0:
@@ -85,6 +149,42 @@ func (n *node) search(key string) (int, bool) {
 		}
 	}
 	return low, false
+}
+
+// tagOf returns the 4 bytes of the key from skip on, as a number. A key that ends
+// before has zeros there: of two keys the greater one never has the smaller tag.
+func tagOf(key string, skip int) uint32 {
+	var b [4]byte
+	copy(b[:], key[skip:])
+	return binary.BigEndian.Uint32(b[:])
+}
+
+// tag sets the tag of item i, which is new. The first and the last item alone
+// decide what all have in common.
+func (n *node) tag(i int) {
+	if last := len(n.items) - 1; last == 0 || (i == 0 || i == last) && n.common() != n.skip {
+		n.tagAll()
+		return
+	}
+	n.tags[i] = tagOf(keyAt(n.items[i]), n.skip)
+}
+
+func (n *node) tagAll() {
+	n.skip = n.common()
+	copy(n.front[:], keyAt(n.items[0])[:n.skip])
+	for i, item := range n.items {
+		n.tags[i] = tagOf(keyAt(item), n.skip)
+	}
+}
+
+// common is how many bytes all keys of the items have in common at their front.
+func (n *node) common() int {
+	first, last := keyAt(n.items[0]), keyAt(n.items[len(n.items)-1])
+	i := 0
+	for i < len(first) && i < len(last) && first[i] == last[i] {
+		i++
+	}
+	return i
 }
 
 // get returns the record under a key, with its head.
@@ -103,16 +203,34 @@ func (t *itemTree) get(key string) (rec string, h head, ok bool) {
 	return "", head{}, false
 }
 
+// place returns where the item of a key is, in a node of the tree's own, for another
+// record of that key to be put there; nil: there is none.
+func (t *itemTree) place(key string) **byte {
+	for at := &t.root; *at != nil; {
+		n := t.own(at)
+		i, found := n.search(key)
+		if found {
+			return &n.items[i]
+		}
+		if n.children == nil {
+			break
+		}
+		at = &n.children[i]
+	}
+	return nil
+}
+
 // set puts a record in, in the place of the one that had its key.
 func (t *itemTree) set(rec string) {
 	if t.root == nil {
-		t.root = &node{owner: t.owner}
+		t.root = t.newLeaf()
 	}
 	_, at := t.insert(&t.root, itemOf(rec))
 	if len(t.root.items) > maxItems {
 		left := t.root
 		median, right := t.split(left, at)
-		t.root = &node{t.owner, left.size + 1 + right.size, []*byte{median}, []*node{left, right}}
+		t.root = t.newBranch()
+		t.root.fill([]*byte{median}, []*node{left, right})
 	}
 }
 
@@ -126,7 +244,7 @@ func (t *itemTree) insert(place **node, item *byte) (more bool, at int) {
 		n.items[i] = item
 		return false, i
 	case n.children == nil:
-		n.items = insertAt(n.items, i, item)
+		n.insert(i, item)
 	default:
 		more, at := t.insert(&n.children[i], item)
 		if !more {
@@ -134,19 +252,23 @@ func (t *itemTree) insert(place **node, item *byte) (more bool, at int) {
 		}
 		if child := n.children[i]; len(child.items) > maxItems {
 			median, right := t.split(child, at)
-			n.items = insertAt(n.items, i, median)
-			n.children = insertAt(n.children, i+1, right)
+			n.insert(i, median)
+			n.children = slices.Insert(n.children, i+1, right)
 		}
 	}
 	n.size++
 	return true, i
 }
 
-func insertAt[T any](s []T, i int, v T) []T {
-	if len(s) == cap(s) {
-		s = append(make([]T, 0, len(s)+nodeRoom), s...)
-	}
-	return slices.Insert(s, i, v)
+func (n *node) insert(i int, item *byte) {
+	copy(n.tags[i+1:], n.tags[i:len(n.items)])
+	n.items = slices.Insert(n.items, i, item)
+	n.tag(i)
+}
+
+func (n *node) delete(i int) {
+	copy(n.tags[i:], n.tags[i+1:len(n.items)])
+	n.items = slices.Delete(n.items, i, i+1)
 }
 
 // split moves the upper part of a node to a new one. at is where the last item
@@ -154,23 +276,27 @@ func insertAt[T any](s []T, i int, v T) []T {
 // node keeps most of its items, as no more will come.
 func (t *itemTree) split(n *node, at int) (median *byte, right *node) {
 	middle := len(n.items) / 2
-	if end := len(n.items) - len(n.items)/8; at >= end {
+	if end := len(n.items) * 13 / 16; at >= end {
 		middle = end
 	}
-	median = n.items[middle]
-	right = &node{owner: t.owner, items: cut(n.items[middle+1:], nodeRoom)}
-	n.items = cut(n.items[:middle], 0)
-	if n.children != nil {
-		right.children = cut(n.children[middle+1:], nodeRoom)
-		n.children = cut(n.children[:middle+1], 0)
+	median, right = n.items[middle], t.like(n)
+	if n.children == nil {
+		right.fill(n.items[middle+1:], nil)
+		n.fill(n.items[:middle], nil)
+	} else {
+		right.fill(n.items[middle+1:], n.children[middle+1:])
+		n.fill(n.items[:middle], n.children[:middle+1])
 	}
-	right.count()
-	n.count()
 	return median, right
 }
 
-// cut copies a part of a slice, so that the rest of it can go.
-func cut[T any](s []T, room int) []T { return append(make([]T, 0, len(s)+room), s...) }
+// fill gives a node other items and children, which may be some of its own.
+func (n *node) fill(items []*byte, children []*node) {
+	n.items = slices.Replace(n.items, 0, len(n.items), items...)
+	n.children = slices.Replace(n.children, 0, len(n.children), children...)
+	n.tagAll()
+	n.count()
+}
 
 // count sets the size of a node from its children's.
 func (n *node) count() {
@@ -210,11 +336,12 @@ func (t *itemTree) remove(place **node, key string) *byte {
 		return nil
 	case n.children == nil:
 		item = n.items[i]
-		n.items = slices.Delete(n.items, i, i+1)
+		n.delete(i)
 	case found:
 		// The item before it takes its place.
 		item = n.items[i]
 		n.items[i] = t.removeLast(&n.children[i])
+		n.tag(i)
 		t.mend(n, i)
 	default:
 		if item = t.remove(&n.children[i], key); item == nil {
@@ -232,7 +359,7 @@ func (t *itemTree) removeLast(place **node) *byte {
 	last := len(n.items) - 1
 	if n.children == nil {
 		item := n.items[last]
-		n.items = slices.Delete(n.items, last, last+1)
+		n.delete(last)
 		return item
 	}
 	item := t.removeLast(&n.children[last+1])
@@ -251,21 +378,22 @@ func (t *itemTree) mend(n *node, i int) {
 	items := slices.Concat(left.items, n.items[i:i+1], right.items)
 	children := slices.Concat(left.children, right.children)
 	if len(items) <= maxItems {
-		left.items, left.children = items, children
-		left.count()
-		n.items = slices.Delete(n.items, i, i+1)
+		left.fill(items, children)
+		n.delete(i)
 		n.children = slices.Delete(n.children, i+1, i+2)
 		return
 	}
 	right = t.own(&n.children[i+1])
 	middle := len(items) / 2
 	n.items[i] = items[middle]
-	left.items, right.items = cut(items[:middle], 0), cut(items[middle+1:], 0)
-	if children != nil {
-		left.children, right.children = cut(children[:middle+1], 0), cut(children[middle+1:], 0)
+	n.tag(i)
+	if children == nil {
+		left.fill(items[:middle], nil)
+		right.fill(items[middle+1:], nil)
+	} else {
+		left.fill(items[:middle], children[:middle+1])
+		right.fill(items[middle+1:], children[middle+1:])
 	}
-	left.count()
-	right.count()
 }
 
 // check returns the first thing that is wrong with the shape of the tree; the
@@ -285,6 +413,17 @@ func (n *node) check(depth int) error {
 	size := len(n.items)
 	if size < 1 || size > maxItems {
 		return fmt.Errorf("a node of %d items", size)
+	}
+	if n.skip > n.common() {
+		return fmt.Errorf("a node whose keys have %d bytes in common skips %d", n.common(), n.skip)
+	}
+	if front := keyAt(n.items[0])[:min(n.skip, maxFront)]; string(n.front[:len(front)]) != front {
+		return fmt.Errorf("a node whose keys begin with %q says %q", front, n.front[:len(front)])
+	}
+	for i, item := range n.items {
+		if n.tags[i] != tagOf(keyAt(item), n.skip) {
+			return fmt.Errorf("key %q has tag %08x behind %d bytes", keyAt(item), n.tags[i], n.skip)
+		}
 	}
 	if (n.children == nil) != (depth == 0) || n.children != nil && len(n.children) != size+1 {
 		return fmt.Errorf("a node of %d items with %d children, %d above the leaves", size, len(n.children), depth)
@@ -391,12 +530,8 @@ type itemBuilder struct {
 
 func newItemBuilder() *itemBuilder {
 	b := &itemBuilder{t: itemTree{owner: new(owner)}}
-	b.spine = []*node{b.node()}
+	b.spine = []*node{b.t.newLeaf()}
 	return b
-}
-
-func (b *itemBuilder) node() *node {
-	return &node{owner: b.t.owner, items: make([]*byte, 0, maxItems)}
 }
 
 func (b *itemBuilder) add(rec string) {
@@ -404,17 +539,15 @@ func (b *itemBuilder) add(rec string) {
 	for ; level < len(b.spine) && len(b.spine[level].items) == maxItems; level++ {
 	}
 	if level == len(b.spine) {
-		top := b.node()
-		top.children = append(make([]*node, 0, maxItems+1), b.spine[level-1])
+		top := b.t.newBranch()
+		top.children = append(top.children, b.spine[level-1])
 		b.spine = append(b.spine, top)
 	}
 	b.spine[level].items = append(b.spine[level].items, item)
 	// Behind an item of an inner node begins a new node of each lower level.
 	for level--; level >= 0; level-- {
-		n := b.node()
-		if level > 0 {
-			n.children = make([]*node, 0, maxItems+1)
-		}
+		n := b.t.like(b.spine[level])
+		b.spine[level].tagAll()
 		b.spine[level+1].children = append(b.spine[level+1].children, n)
 		b.spine[level] = n
 	}
@@ -423,6 +556,11 @@ func (b *itemBuilder) add(rec string) {
 // tree returns the tree. The builder is of no use after that.
 func (b *itemBuilder) tree() *itemTree {
 	root := b.spine[len(b.spine)-1]
+	for _, n := range b.spine {
+		if len(n.items) > 0 {
+			n.tagAll()
+		}
+	}
 	root.countAll()
 	if root.size > 0 {
 		b.t.root = root
