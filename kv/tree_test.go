@@ -184,7 +184,7 @@ func TestTreeKeys(t *testing.T) {
 	})
 }
 
-// Two nodes of equal items are found out where what was derived from these differs.
+// What a node derives from its items is held against them.
 func TestTreeCheck(t *testing.T) {
 	build := func() *itemTree {
 		b := newItemBuilder()
