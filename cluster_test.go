@@ -251,6 +251,25 @@ func (c *cluster) follower() *testNode {
 	return nil
 }
 
+// quiet waits until nothing is committed any more, as nobody writes: the last marks
+// are, and all members have applied them.
+func (c *cluster) quiet() {
+	c.t.Helper()
+	c.wait("silence in the log", func() bool {
+		at := c.leader().node.progress.committed.Load()
+		for _, n := range c.nodes {
+			// In this order: what n has to propose is published before what it has applied.
+			if n.store.applied.At() != at {
+				return false
+			}
+			if t := n.node.testimony.Load(); t != nil && t.wanted {
+				return false
+			}
+		}
+		return true
+	})
+}
+
 // wait polls for a condition that no channel announces.
 func (c *cluster) wait(what string, ok func() bool) {
 	c.t.Helper()

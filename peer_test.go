@@ -597,9 +597,7 @@ func TestPeerPortRefuses(t *testing.T) {
 	waitFor(t, "the leader to have seen all members hold entries", func() bool {
 		return !slices.ContainsFunc(l.node.members.Load().Members, func(m member) bool { return !m.Started })
 	})
-	for _, n := range c.nodes {
-		<-n.store.applied.Wait(l.store.applied.At())
-	}
+	c.quiet()
 	srv, tr := peerPort(t, l)
 	cluster := tr.ClusterID.String()
 	client := srv.Client()
