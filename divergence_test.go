@@ -469,4 +469,7 @@ func TestDivergedMemberOverHTTP(t *testing.T) {
 	if status, _ := ask(http.MethodGet, "/v1/members"); status != http.StatusOK {
 		t.Errorf("members: %d", status)
 	}
+	if status, body := ask(http.MethodGet, "/v1/status"); status != http.StatusOK || !strings.Contains(body, `"diverged":true`) {
+		t.Errorf("status: %d %s", status, body)
+	}
 }

@@ -10,6 +10,7 @@
 //	read.go      a linearizable read, views of older revisions, and where watches begin
 //	clock.go     the time that leases run by
 //	aside.go     what a member does whose disk has lost something
+//	divergence.go how a member whose state differs from that of the others is found out
 //	snapshot.go  how a snapshot is written, recorded, sent and installed
 //	member.go    the rules of membership, as plain functions of a table; reconfigure.go carries them out
 //	peer.go      the peer port: what is refused, how a joiner learns the cluster; peerreceive.go: what peers

@@ -52,6 +52,7 @@ func (s *kvstore) status() api.Status {
 	st.SnapshotIndex = s.node.progress.snapshot.Load()
 	st.Sizes.WALBytes, st.Sizes.SnapshotBytes = s.disk.sizes()
 	st.Version = version
+	st.Diverged = s.standing() == diverged
 	st.UptimeSeconds = time.Since(s.started).Seconds()
 	st.Peers = s.peers(members)
 	return st

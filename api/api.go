@@ -75,8 +75,9 @@ type Status struct {
 	Sizes           Sizes   `json:"sizes"`
 	Version         string  `json:"version"`
 	UptimeSeconds   float64 `json:"uptime_seconds"`
-	CompactRevision int64   `json:"compact_revision"` // changes up to it are no longer known
-	Peers           []Peer  `json:"peers"`            // only a leader knows match indexes
+	CompactRevision int64   `json:"compact_revision"`   // changes up to it are no longer known
+	Diverged        bool    `json:"diverged,omitempty"` // its state differs from that of the others: it serves no clients
+	Peers           []Peer  `json:"peers"`              // only a leader knows match indexes
 }
 
 // Sizes are bytes.
