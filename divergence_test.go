@@ -353,10 +353,14 @@ func TestSnapshotOfBrokenStateIsNotWritten(t *testing.T) {
 
 // Marks end where nothing changes any more.
 func TestIdleClusterWritesNoMarks(t *testing.T) {
-	c := newCluster(t, 3, nil)
+	c := newCluster(t, 3, func(cfg *Config) { cfg.ElectionTicks = 20 }) // an election makes an entry
 	l := c.leader()
 	l.mustPut("a", "1")
+	c.wait("the leader to have seen all members hold entries", func() bool {
+		return !slices.ContainsFunc(l.node.members.Load().Members, func(m member) bool { return !m.Started })
+	})
 	c.compared()
+	c.quiet()
 	at, tick := l.node.progress.last.Load(), l.tick()
 	c.wait("some more ticks", func() bool { return l.tick() > tick+4*markTicks })
 	if got := l.node.progress.last.Load(); got != at {

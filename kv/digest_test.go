@@ -203,7 +203,7 @@ func TestScrubWhileTheStateChanges(t *testing.T) {
 		count := rapid.IntRange(1, 60).Draw(t, "entries a step")
 		size := rapid.SampledFrom([]int64{1, 50, 1 << 20}).Draw(t, "bytes a step")
 		rounds := 0
-		for range 25 {
+		for range 12 {
 			m.applyBatch(t)
 			before := m.state.scrub.next
 			if err := m.state.Scrub(count, size); err != nil {
