@@ -226,7 +226,13 @@ func TestDivergenceIsReportedInTime(t *testing.T) {
 	if left, _ := filepath.Glob(filepath.Join(bad.disk.snapDir(), "*"+divergedSuffix)); len(left) != 1 {
 		t.Errorf("set aside: %v", left)
 	}
-	bad.node.requestSnapshot()
+	if err := bad.node.do(c.ctx(), func() {
+		if s, err := bad.node.mem.Snapshot(); err == nil {
+			t.Errorf("it would send the snapshot of entry %d", s.GetMetadata().GetIndex())
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
 	l.mustPut("more", "1")
 	<-bad.store.applied.Wait(l.store.applied.At())
 	faulty.Store(0)
@@ -259,7 +265,9 @@ func TestDoubtEndsWithAMajority(t *testing.T) {
 		}
 	}
 	c.stop(third.id)
+	c.compared()
 	faulty.Store(bad.id)
+	wrong := l.store.applied.At() + 1
 	l.mustPut("wrong", "right")
 	l.awaitStanding(doubts)
 	bad.awaitStanding(doubts)
@@ -271,36 +279,48 @@ func TestDoubtEndsWithAMajority(t *testing.T) {
 	c.nodes[third.id].mustGet("wrong", "right")
 	l.mustPut("good", "2")
 	l.mustGet("good", "2")
+	c.stop(bad.id)
+	if bad.store.div.agreed >= wrong {
+		t.Errorf("snapshots up to entry %d count as good, and it differs since entry %d", bad.store.div.agreed, wrong)
+	}
 }
 
-// The operator settles it where no third member comes back.
+// The operator settles it where no third member comes back. Meanwhile no time passes
+// in the state, and a write that was under way when the doubt arose is not answered.
 func TestDoubtEndsWithARemoval(t *testing.T) {
 	c, faulty := newFaultyCluster(t, 2, wrongValue, nil)
 	l, bad := c.leader(), c.follower()
+	if _, err := l.store.propose(c.ctx(), &kv.Command{Op: kv.OpGrant, TTL: time.Hour}); err != nil {
+		t.Fatal(err)
+	}
 	faulty.Store(bad.id)
 	l.mustPut("wrong", "right")
 	l.awaitStanding(doubts)
 	bad.awaitStanding(doubts)
+	late := &proposal{command: kv.AppendCommand(nil, &kv.Command{Op: kv.OpPut, Key: "late"}), done: make(chan struct{}, 1)}
+	l.node.proposeC <- late // past fit, as if it had come before
+	clock := func() (clock, revision int64) {
+		l.store.mu.RLock()
+		defer l.store.mu.RUnlock()
+		return l.store.mu.state.Clock(), l.store.mu.state.Revision()
+	}
+	c.wait("the write", func() bool { _, r := clock(); return r == 2 })
+	before, _ := clock()
+	tick := l.tick()
+	c.wait("some ticks", func() bool { return l.tick() > tick+20 })
+	if now, _ := clock(); now != before {
+		t.Errorf("the clock went from %d to %d", before, now)
+	}
+	if len(late.done) != 0 {
+		t.Error("answered in doubt")
+	}
 	if err := l.store.removeMember(c.ctx(), bad.id, false); err != nil {
 		t.Fatal(err)
 	}
 	l.awaitStanding(agrees)
 	l.mustGet("wrong", "right")
-}
-
-// Writes under way when the doubt arose are answered once it is settled.
-func TestAnswersWaitForTheDoubt(t *testing.T) {
-	s := &kvstore{node: &raftNode{}}
-	got := make(chan error, 2)
-	s.answerLater(func(err error) { got <- err })
-	s.answerLater(func(err error) { got <- err })
-	if len(got) != 0 {
-		t.Fatal("answered in doubt")
-	}
-	s.answerWaiting(errCommitTimeout)
-	s.answerWaiting(nil)
-	if len(got) != 2 || !errors.Is(<-got, errCommitTimeout) || !errors.Is(<-got, errCommitTimeout) {
-		t.Fatal("not answered, or again")
+	if <-late.done; late.err != nil || late.result.Revision != 2 {
+		t.Errorf("the write: %+v, %v", late.result, late.err)
 	}
 }
 
