@@ -140,14 +140,14 @@ func (l *lease) valid(id int64) error {
 	return nil
 }
 
-// leaseHash is the hash of one lease; the attachments are in those of items.
-func leaseHash(id int64, l *lease) uint64 {
+// leaseHash is the hash of one lease; the attachments are in those of items. It
+// works in scratch, which may be nil.
+func leaseHash(scratch []byte, id int64, l *lease) uint64 {
 	own := uint64(0)
 	if l.own {
 		own = 1
 	}
-	var buf [56]byte
-	b := buf[:0]
+	b := scratch[:0]
 	for _, v := range [...]uint64{uint64(id), uint64(l.ttl), uint64(l.deadline), l.index, uint64(l.expires), uint64(l.keys), own} {
 		b = binary.LittleEndian.AppendUint64(b, v)
 	}
@@ -161,7 +161,7 @@ func attachHash(id int64) uint64 { return mix(uint64(id)) }
 // set stores a lease, new or changed; old is what was there, or nil.
 func (t *leases) set(id int64, old, l *lease) {
 	if old != nil {
-		t.sum -= leaseHash(id, old)
+		t.sum -= leaseHash(nil, id, old)
 	}
 	if old == nil || old.deadline != l.deadline || old.index != l.index {
 		if old != nil {
@@ -170,14 +170,14 @@ func (t *leases) set(id int64, old, l *lease) {
 		t.due.add(id, l.deadline, l.index)
 	}
 	t.byID.Set(id, *l)
-	t.sum += leaseHash(id, l)
+	t.sum += leaseHash(nil, id, l)
 }
 
 // drop removes a lease that has no keys.
 func (t *leases) drop(id int64) {
 	l, _ := t.byID.Delete(id)
 	t.due.remove(id, l.deadline, l.index)
-	t.sum -= leaseHash(id, &l)
+	t.sum -= leaseHash(nil, id, &l)
 }
 
 // load takes in a lease of a snapshot; the items, and so the attachments, are
@@ -198,7 +198,7 @@ func (t *tally) addLease(id int64, l *lease) error {
 	}
 	t.lastLease = id
 	t.leases++
-	t.leaseSum += leaseHash(id, l)
+	t.leaseSum += leaseHash(nil, id, l)
 	t.attachSum -= uint64(l.keys) * attachHash(id)
 	return nil
 }

@@ -88,14 +88,13 @@ func (k *kept) valid(key string) error {
 	return nil
 }
 
-// keptHash is the hash of one kept result.
-func keptHash(key string, k *kept) uint64 {
-	var buf [17]byte
-	b := binary.LittleEndian.AppendUint64(buf[:0], uint64(k.deadline))
+// keptHash is the hash of one kept result. It works in scratch, which may be nil.
+func keptHash(scratch []byte, key string, k *kept) uint64 {
+	b := binary.LittleEndian.AppendUint64(scratch[:0], uint64(k.deadline))
 	b = binary.LittleEndian.AppendUint64(b, k.index)
 	b = append(b, k.class)
+	b = append(b, k.fingerprint[:]...)
 	front := crc32.Checksum(b, castagnoli)
-	front = crc32.Update(front, castagnoli, k.fingerprint[:])
 	front = crc32.Update(front, castagnoli, bytesOf(key))
 	return joinHash(front, crc32.Checksum(bytesOf(k.result), castagnoli))
 }
@@ -112,7 +111,7 @@ func (o *once) load(key string, k kept) {
 	o.kept.Set(key, k)
 	o.due.add(key, k.deadline, k.index)
 	o.bytes += k.size(key)
-	o.sum += keptHash(key, &k)
+	o.sum += keptHash(nil, key, &k)
 }
 
 // loadTombstone takes in a tombstone of a snapshot, in their order; false: it
@@ -138,7 +137,7 @@ func (t *tally) addKept(key string, k *kept) error {
 	t.lastKept = append(t.lastKept[:0], key...)
 	t.kept++
 	t.keptBytes += uint64(k.size(key))
-	t.keptSum += keptHash(key, k)
+	t.keptSum += keptHash(nil, key, k)
 	return nil
 }
 
@@ -299,7 +298,7 @@ func (o *once) drop(key string, k *kept) {
 	o.kept.Delete(key)
 	o.due.remove(key, k.deadline, k.index)
 	o.bytes -= k.size(key)
-	o.sum -= keptHash(key, k)
+	o.sum -= keptHash(nil, key, k)
 }
 
 // Kept is the number of results that are kept for idempotency keys.

@@ -3,6 +3,7 @@ package kv
 import (
 	"encoding/binary"
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -60,6 +61,7 @@ const (
 // will make of them; buf is memory to use.
 func (bw *blockWriter) extras(s *State, buf []byte) extras {
 	x := extras{clock: s.clock, lastLease: s.leases.last}
+	buf = slices.Grow(buf[:0], 64) // for the hashes
 	bw.section(sectionTime)
 	if s.clock != 0 || s.leases.last != 0 {
 		buf = binary.AppendUvarint(buf[:0], uint64(s.clock))
@@ -69,7 +71,7 @@ func (bw *blockWriter) extras(s *State, buf []byte) extras {
 	s.leases.byID.Scan(func(id int64, l lease) bool {
 		buf = l.append(buf[:0], id)
 		bw.write(buf)
-		x.leases += leaseHash(id, &l)
+		x.leases += leaseHash(buf, id, &l)
 		return bw.err == nil
 	})
 	bw.section(sectionHistory)
@@ -86,7 +88,7 @@ func (bw *blockWriter) extras(s *State, buf []byte) extras {
 		buf = k.append(buf[:0], key)
 		bw.write(buf)
 		bw.write(bytesOf(k.result))
-		x.kept += keptHash(key, &k)
+		x.kept += keptHash(buf, key, &k)
 		return bw.err == nil
 	})
 	bw.section(sectionTombstones)

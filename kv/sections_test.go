@@ -383,7 +383,7 @@ func refusedSections(t testing.TB) []namedFile {
 	withLease := func(name string, want error, change func(id *int64, l *lease)) {
 		id, l := int64(1), l
 		change(&id, &l)
-		add("lease: "+name, want, 5, l.append(nil, id), sum(func(x *extras) { x.leases = leaseHash(id, &l) }))
+		add("lease: "+name, want, 5, l.append(nil, id), sum(func(x *extras) { x.leases = leaseHash(nil, id, &l) }))
 	}
 	if !bytes.Equal(one, l.append(nil, 1)) {
 		t.Fatalf("leases: %x", one)
@@ -457,7 +457,7 @@ func refusedSections(t testing.TB) []namedFile {
 	withResult := func(name string, want error, change func(key *string, k *kept)) {
 		key, k := "o", k
 		change(&key, &k)
-		add("kept: "+name, want, 7, append(k.append(nil, key), k.result...), sum(func(x *extras) { x.kept = keptHash(key, &k) }))
+		add("kept: "+name, want, 7, append(k.append(nil, key), k.result...), sum(func(x *extras) { x.kept = keptHash(nil, key, &k) }))
 	}
 	if !bytes.Equal(one, append(k.append(nil, "o"), k.result...)) {
 		t.Fatalf("kept: %x", one)
@@ -465,7 +465,7 @@ func refusedSections(t testing.TB) []namedFile {
 	add("no kept result", ErrCorrupt, 7, nil, nil)
 	add("kept result twice", ErrCorrupt, 7, join(one, one), sum(func(x *extras) { x.kept *= 2 }))
 	add("kept results out of order", ErrCorrupt, 7, join(one, append(k.append(nil, "a"), k.result...)),
-		sum(func(x *extras) { x.kept += keptHash("a", &k) }))
+		sum(func(x *extras) { x.kept += keptHash(nil, "a", &k) }))
 	add("kept result cut in its outcome", ErrCorrupt, 7, one[:len(one)-1], nil)
 	add("kept result cut in its fingerprint", ErrCorrupt, 7, one[:10], nil)
 	add("kept result cut in its key", ErrCorrupt, 7, one[:1], nil)
