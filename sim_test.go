@@ -34,6 +34,7 @@ var (
 	simSeed     = flag.Uint64("sim.seed", 0, "TestSim: run only this seed; with -sim.duration, begin with it")
 	simDuration = flag.Duration("sim.duration", 0, "TestSim: run seeds for so long instead of the default ones")
 	simTrace    = flag.String("sim.trace", "", "TestSim: all: print every line of the trace")
+	simStop     = flag.Int("sim.stop", 20, "TestSim: end after so many seeds that failed")
 	simLedger   = flag.String("sim.ledger", "", "TestSim: append what was run to this file")
 )
 
@@ -93,7 +94,7 @@ func TestSim(t *testing.T) {
 		spent := time.Since(start)
 		switch {
 		case *simDuration > 0:
-			return spent < *simDuration && len(run.Failures) < 20
+			return spent < *simDuration && len(run.Failures) < *simStop
 		case *simSeed > 0:
 			return seed == *simSeed
 		}
@@ -164,7 +165,7 @@ func simMarkers() (markers []string) {
 	}
 	return append(markers, "crash before a snapshot is recorded/leader/steady", "crash after a snapshot is recorded/leader/steady",
 		"crash before an install/follower/installing", "installs a snapshot/follower/installing", "installs a snapshot/learner/installing",
-		"crash/loses records", "rot/leader/steady", "load/older snapshot", "load/refused", "removed", "removed/refused", "changed/add", "changed/remove",
+		"crash/loses records", "rot/leader/steady", "load/older snapshot", "load/refused", "removed", "removed/refused", "removed/asks to come back", "changed/add", "changed/remove",
 		"once/retried", "once/replayed", "lease/ended", "lease/kept alive", "watch/cut", "watch/resumed", "apply/back-pressure",
 		"write/done", "write/unknown", "write/"+errNoLeader.Error(), "write/"+errNotProposed.Error(), "write/"+errDiskLow.Error(), "write/"+errStopping.Error(),
 		"read/done", "read/failed")

@@ -279,14 +279,19 @@ func (x *simWatcher) check(t *simTimeline) {
 	}
 }
 
+type simRegisterOp struct {
+	key, value string
+	write      bool
+}
+
 // simRegister is a model of one key that knows nothing of revisions.
 var simRegister = porcupine.Model{
 	Init: func() any { return "" },
 	Step: func(state, input, output any) (bool, any) {
-		if in := input.(regInput); in.write {
+		if in := input.(simRegisterOp); in.write {
 			return true, in.value
 		}
-		return state == output.(regOutput).value, state
+		return state == output, state
 	},
 	Equal: func(a, b any) bool { return a == b },
 }
@@ -294,13 +299,12 @@ var simRegister = porcupine.Model{
 func (h *simHistory) checkRegisters() {
 	byKey := map[string][]porcupine.Operation{}
 	for _, op := range h.ops {
-		in := regInput{}
-		out := regOutput{}
+		in, out := simRegisterOp{}, ""
 		switch op.kind {
 		case "get":
 			in.key = op.span.Start
 			if len(op.entries) > 0 {
-				out.value = string(op.entries[0].Value)
+				out = string(op.entries[0].Value)
 			}
 		case "put", "delete":
 			in.key, in.write, in.value = op.key, true, string(op.cmd.Value)

@@ -103,6 +103,7 @@ type simWorld struct {
 	leaders map[uint64]uint64    // term → who led
 	entries map[uint64][2]uint64 // index → term, checksum
 	hashes  map[uint64]uint64    // index → state
+	removed map[uint64]uint64    // member → index at which it was out
 	history *simHistory
 }
 
@@ -114,7 +115,7 @@ func (w *simWorld) failf(format string, a ...any) { panic(simFailure(fmt.Sprintf
 func newSimWorld(seed uint64, all io.Writer) *simWorld {
 	r := sim.NewRand(seed)
 	w := &simWorld{seed: seed, prof: drawProfile(r.Fork()), net: sim.NewNet(r.Fork()), faults: r.Fork(), trace: sim.NewTrace(200), cover: sim.Cover{},
-		leaders: map[uint64]uint64{}, entries: map[uint64][2]uint64{}, hashes: map[uint64]uint64{}, rate: 1}
+		leaders: map[uint64]uint64{}, entries: map[uint64][2]uint64{}, hashes: map[uint64]uint64{}, removed: map[uint64]uint64{}, rate: 1}
 	w.trace.All = all
 	w.history = newSimHistory(w, r.Fork())
 	w.net.Drop, w.net.Duplicate, w.net.Reorder, w.net.Max = w.prof.drop, w.prof.duplicate, w.prof.reorder, w.prof.delay
@@ -405,6 +406,12 @@ func (w *simWorld) changeMembers(m *simMember) {
 	if len(voters) == 0 {
 		return
 	}
+	if len(table.Removed) > 0 && w.faults.Chance(0.2) { // an id never comes back
+		id := sim.Pick(w.faults, table.Removed)
+		w.proposeChange(m.node, memberChange{Op: opAdd, Member: member{ID: id, PeerURLs: []string{simURL(id)}, Learner: true, Promote: true}})
+		w.cover.Hit("removed/asks to come back")
+		return
+	}
 	if len(w.members) < 9 && (len(voters) < 3 || w.faults.Chance(0.5)) {
 		w.join(m)
 		return
@@ -420,7 +427,7 @@ func (w *simWorld) join(m *simMember) {
 	id := uint64(len(w.members) + 1)
 	w.addMember(id)
 	w.mark("join", m)
-	w.proposeChange(m.node, memberChange{Op: opAdd, Member: member{ID: id, PeerURLs: []string{simURL(id)}, Learner: true, Promote: true}}, 100)
+	w.proposeChange(m.node, memberChange{Op: opAdd, Member: member{ID: id, PeerURLs: []string{simURL(id)}, Learner: true, Promote: true}})
 }
 
 // replace lets go of a member whose disk is damaged, and takes a new one in.
@@ -444,7 +451,7 @@ func (w *simWorld) proposeRemoval(n *simNode, id uint64) {
 	w.do(n, func() { // removeMember asks on the loop as well
 		w.changes--
 		if n.n.members.Load().mayRemove(id, n.n.alive) == nil {
-			w.proposeChange(n, memberChange{Op: opRemove, Member: member{ID: id}}, 100)
+			w.proposeChange(n, memberChange{Op: opRemove, Member: member{ID: id}})
 		}
 	})
 	w.q.After(time.Second, func() { // the process may have ended before
@@ -456,7 +463,7 @@ func (w *simWorld) proposeRemoval(n *simNode, id uint64) {
 
 // proposeChange is kvstore.changeMembers; its waiting is done by the world. It
 // makes sure of an up-to-date table first, as that does.
-func (w *simWorld) proposeChange(n *simNode, c memberChange, tries int) {
+func (w *simWorld) proposeChange(n *simNode, c memberChange) {
 	w.changes++
 	b := n.n.reads.join()
 	w.wake(n)
@@ -561,9 +568,14 @@ func (w *simWorld) checkHash(n *simNode) {
 	case was != is:
 		w.failf("member %d has another state at entry %d than those before", n.m.id, at)
 	}
+	for _, id := range n.s.table.Removed {
+		if was, ok := w.removed[id]; !ok || at < was {
+			w.removed[id] = at
+		}
+	}
 	for _, m := range n.s.table.Members {
-		if n.s.table.isRemoved(m.ID) {
-			w.failf("member %d: member %d is in the table and removed", n.m.id, m.ID)
+		if was, ok := w.removed[m.ID]; ok && at >= was {
+			w.failf("member %d: member %d was removed by entry %d, and is in the table at entry %d", n.m.id, m.ID, was, at)
 		}
 	}
 }
