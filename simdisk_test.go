@@ -419,15 +419,18 @@ func (d *simDisk) close() error                       { return nil }
 
 // spoil flips a bit of the newest snapshot, or of all that there are: then the
 // member has to be replaced.
-func (d *simDisk) spoil(r *sim.Rand) bool {
+func (d *simDisk) spoil(r *sim.Rand, all bool) bool {
 	if len(d.recorded) < 2 || len(d.spoiled) > 0 {
 		return false
 	}
 	which := d.recorded[len(d.recorded)-1:]
-	if r.Chance(0.4) {
+	if all {
 		which = d.recorded
 	}
 	for _, i := range which {
+		if d.snaps[i] == nil {
+			d.m.w.failf("member %d: snapshot %d, which the log vouches for, is gone", d.m.id, i)
+		}
 		b := slices.Clone(d.snaps[i])
 		b[r.IntN(len(b))] ^= 1 << r.IntN(8)
 		d.snaps[i] = b

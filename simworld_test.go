@@ -316,7 +316,7 @@ func (w *simWorld) nemesis() {
 		}
 	})
 	one(p.spoil, func(m *simMember) {
-		if w.intact() && m.disk.spoil(r) {
+		if w.intact() && m.disk.spoil(r, r.Chance(0.4) && len(m.node.n.members.Load().voters()) > 2) {
 			w.mark("rot", m)
 		}
 	})
@@ -416,7 +416,7 @@ func (w *simWorld) changeMembers(m *simMember) {
 		w.join(m)
 		return
 	}
-	if len(voters) < 3 {
+	if len(voters) < 3 || !w.intact() { // two voters cannot spare the one whose disk is damaged
 		return
 	}
 	w.mark("leave", m)
