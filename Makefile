@@ -7,8 +7,9 @@ COUNT    ?= 50
 BENCH    ?= .
 DURATION ?= 10m
 SEED     ?= 0
+SIM      ?= -sim.duration=1h -sim.seed=1000000
 
-.PHONY: help test race lint fuzz stress sweep chaos bench ci clean
+.PHONY: help test race lint fuzz stress sweep chaos bench ci clean sim
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +42,9 @@ chaos: ## break the network and the processes of a cluster for DURATION (10m), a
 
 sweep: ## damage every bit of a member's files, and start from what a power loss leaves after each system call
 	go test -v -timeout 60m -run '^(TestDamageIsNoticed|TestCrashImages)$$' . -sweep.all -crash.all
+
+sim: ## simulate clusters for long: SIM='-sim.duration=1h -sim.seed=1000000'; adds a line to docs/simulation.md
+	go test -run 'TestSim$$' -timeout 0 . $(SIM) -sim.ledger=docs/simulation.md
 
 bench: ## run the benchmarks BENCH (all) in PKG
 	go test -run '^$$' -bench '$(BENCH)' -benchmem $(PKG)

@@ -113,11 +113,18 @@ func TestSim(t *testing.T) {
 		if res.failure != "" {
 			run.Failures = append(run.Failures, seed)
 			res.report(t)
+			if *simDuration > 0 {
+				fmt.Printf("seed %d fails: %s\n", seed, res.failure) // at once: the report comes in the end
+			}
 		}
 	}
 	run.Wall = time.Since(start)
-	t.Logf("seeds %d to %d: %.2f virtual hours in %v, %.2f virtual hours a minute, %d failures", run.First, run.Last, run.Virtual.Hours(),
+	speed := fmt.Sprintf("seeds %d to %d: %.2f virtual hours in %v, %.2f virtual hours a minute, %d failures", run.First, run.Last, run.Virtual.Hours(),
 		run.Wall.Round(time.Second/10), run.Virtual.Hours()/run.Wall.Minutes(), len(run.Failures))
+	t.Log(speed)
+	if *simDuration > 0 {
+		fmt.Println(speed) // go test shows the log of a test only if it fails
+	}
 	if testing.Verbose() {
 		for _, m := range cover.Names() {
 			t.Logf("%8d %s", cover[m], m)

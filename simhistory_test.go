@@ -219,6 +219,15 @@ func (h *simHistory) client(c int) {
 	}
 }
 
+// eager is a client that has waited for just this: a process that begins, or
+// begins to lead, is asked before it may know enough to answer.
+func (h *simHistory) eager(n *simNode) {
+	if h.stopped || n.m.node != n || h.rand.Chance(0.3) {
+		return
+	}
+	h.read(n, h.w.prof.clients, "get", kv.SingleKey("p/"+string(rune('a'+h.rand.IntN(3)))), readOptions{}, time.Second, func(error) {})
+}
+
 func (h *simHistory) write(client int, kind, key string, cmd *kv.Command) *simOp {
 	op := &simOp{client: client, kind: kind, key: key, cmd: cmd, call: h.w.q.Now()}
 	h.ops = append(h.ops, op)

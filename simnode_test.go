@@ -115,6 +115,7 @@ func (w *simWorld) start(m *simMember) {
 		}
 	}
 	n.n.begin()
+	w.history.eager(n)
 	w.wake(n)
 	interval := time.Duration(float64(n.n.cfg.TickInterval) / m.rate)
 	w.q.After(w.faults.Between(0, interval), func() { w.tick(n, interval) })

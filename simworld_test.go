@@ -50,7 +50,7 @@ type simProfile struct {
 }
 
 func drawProfile(r *sim.Rand) simProfile {
-	p := simProfile{members: sim.Pick(r, []int{1, 2, 3, 3, 3, 3, 3, 5, 5}), clients: 2 + r.IntN(4), faulty: r.Between(8*time.Second, 20*time.Second),
+	p := simProfile{members: sim.Pick(r, []int{1, 1, 2, 3, 3, 3, 3, 3, 5, 5}), clients: 2 + r.IntN(4), faulty: r.Between(8*time.Second, 20*time.Second),
 		delay: 2 * ms, syncMin: 100 * time.Microsecond, syncMax: r.Between(200*time.Microsecond, 8*ms), applyLag: r.Between(100*time.Microsecond, 3*ms),
 		applySingly: r.Chance(0.7), snapshotTakes: r.Between(2*ms, 300*ms), transferTakes: r.Between(2*ms, 600*ms),
 		snapEntries: uint64(5 + r.IntN(60)), catchUp: int64(r.IntN(6000)), downFor: r.Between(200*ms, 4*time.Second), cutFor: r.Between(300*ms, 5*time.Second)}
@@ -65,7 +65,7 @@ func drawProfile(r *sim.Rand) simProfile {
 	some(0.3, func() { p.delay = r.Between(2*ms, 120*ms) })
 	some(0.4, func() { p.partition = r.Float(0, 0.08) })
 	some(0.4, func() { p.isolate = r.Float(0, 0.06) })
-	some(0.4, func() { p.crashAt = r.Float(0, 0.004) })
+	some(0.4, func() { p.crashAt = r.Float(0, 0.008) })
 	some(0.4, func() { p.crash = r.Float(0, 0.05) })
 	some(0.3, func() { p.stop = r.Float(0, 0.04) })
 	some(0.2, func() { p.blackout = r.Float(0, 0.015) })
@@ -80,7 +80,7 @@ func drawProfile(r *sim.Rand) simProfile {
 	some(0.35, func() { p.transfer = r.Float(0, 0.05) })
 	some(0.3, func() { p.watchQueue = 1 + r.IntN(8) })
 	some(0.2, func() { p.applyLag = r.Between(3*ms, 60*ms) })
-	some(0.05, func() { p.applyLag = r.Between(100*ms, 600*ms) })
+	some(0.05, func() { p.applyLag = r.Between(300*ms, 2*time.Second) })
 	return p
 }
 
@@ -538,6 +538,7 @@ func (w *simWorld) checkLeader(n *simNode) {
 	case !ok:
 		w.leaders[now.term] = n.m.id
 		w.line(n.m.id, "leads", now.term, 0, 0, "")
+		w.q.After(0, func() { w.history.eager(n) })
 	case other != n.m.id:
 		w.failf("members %d and %d both lead term %d", other, n.m.id, now.term)
 	}
