@@ -250,7 +250,7 @@ func (n *raftNode) peerHandler(next http.Handler) http.Handler {
 }
 
 // maxStrangers bounds the members that a member knows by their connections alone.
-const maxStrangers = 8
+const maxStrangers = 32
 
 // nowhere is where a stranger cannot be reached: what is sent to it travels on
 // the connection that it has opened.

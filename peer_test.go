@@ -28,6 +28,7 @@ import (
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 	"google.golang.org/protobuf/proto"
 
 	"pontoon/kv"
@@ -322,6 +323,56 @@ func TestRefusedMessages(t *testing.T) {
 		if err := b.validateMessage(m); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// A follower passes proposals, reads and transfers on to the leader in their
+// sender's name, so one that has begun to lead gets its own back.
+func TestOwnMessagesComeBack(t *testing.T) {
+	b := newBenchNode(t)
+	prop := message(raftpb.MsgProp, 1, 0)
+	put := kv.AppendCommand(nil, &kv.Command{Op: kv.OpPut, Key: "k"})
+	prop.Term, prop.Entries = nil, []*raftpb.Entry{{Data: kv.AppendBatch(nil, 1, 1, 1, put)}}
+	read := message(raftpb.MsgReadIndex, 1, 0)
+	read.Term, read.Entries = nil, []*raftpb.Entry{{Data: []byte("context")}}
+	for _, m := range []*raftpb.Message{prop, read, message(raftpb.MsgTransferLeader, 1, 5)} {
+		if err := b.validateMessage(m); err != nil {
+			t.Errorf("%v: %v", m.GetType(), err)
+		}
+	}
+	for _, typ := range []raftpb.MessageType{raftpb.MsgApp, raftpb.MsgAppResp, raftpb.MsgVote, raftpb.MsgHeartbeat, raftpb.MsgTimeoutNow} {
+		if err := b.validateMessage(message(typ, 1, 5)); err == nil {
+			t.Errorf("%v of its own is let in", typ)
+		}
+	}
+}
+
+// TestAnswersToAFormerLeader: what a leader had sent before its restart is still
+// answered, to a follower by then. That is no sign of a log that lost something,
+// unlike the same answers to a leader.
+func TestAnswersToAFormerLeader(t *testing.T) {
+	b := newBenchNode(t)
+	complaints := 0
+	b.log = zap.New(zapcore.NewCore(zapcore.NewJSONEncoder(zapcore.EncoderConfig{}), zapcore.AddSync(io.Discard), zapcore.ErrorLevel),
+		zap.Hooks(func(zapcore.Entry) error { complaints++; return nil }))
+	answer := func() {
+		t.Helper()
+		term := b.raw.BasicStatus().GetTerm()
+		ack, beat := message(raftpb.MsgAppResp, 2, term), message(raftpb.MsgHeartbeatResp, 2, term)
+		ack.Index, beat.Context = new(uint64(99)), []byte{99, 0, 0, 0, 0, 0, 0, 0}
+		for _, m := range []*raftpb.Message{ack, beat} {
+			if err := b.receive(m); err != nil {
+				t.Fatal(err)
+			}
+		}
+		b.settle(t)
+	}
+	if answer(); complaints != 0 {
+		t.Errorf("a follower complains %d times", complaints)
+	}
+	b.lead(t)
+	if answer(); complaints != 2 {
+		t.Errorf("a leader complains %d times, want 2", complaints)
 	}
 }
 
