@@ -54,11 +54,12 @@ type kvstore struct {
 	snapping bool
 	results  []kv.Result // scratch
 	batch    kv.Batch    // scratch
-	snapped  chan int64  // capacity 1: the running snapshot is done; its size
+	snapped  chan int64  // capacity 1: the running snapshot is done; its size, or snapPutOff
 	snapSize int64
 	broken   chan error // capacity 1: a snapshot writer found the state broken
 	div      divergence
 	settled  broadcast // tells that the standing changed
+	snapNext time.Time // no snapshot before, see snapRetry
 }
 
 func newKVStore(n *raftNode, r *recovered, disk snapshotWriter) *kvstore {
@@ -195,9 +196,6 @@ func (s *kvstore) readCommits(commitC <-chan *commit) {
 		}
 	}
 }
-
-// snapshotEnded lets the next snapshot begin.
-func (s *kvstore) snapshotEnded(size int64) { s.snapping, s.snapSize = false, size }
 
 // apply carries out one commit. Everybody who waits for its results or for its
 // index is released only after the state shows it.

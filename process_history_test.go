@@ -196,6 +196,9 @@ func (c *clients) call(r *rand.Rand, id int, op cellOp, once bool, headers []str
 		switch {
 		case out.known:
 			c.add(id, op, at, out)
+			if once && r.IntN(4) == 0 {
+				c.repeat(r, op, headers, out)
+			}
 			return
 		case once && try < 200:
 			c.mu.Lock()
@@ -209,6 +212,17 @@ func (c *clients) call(r *rand.Rand, id int, op cellOp, once bool, headers []str
 			return
 		}
 	}
+}
+
+// repeat sends once more what was answered: the answer must be the first one.
+func (c *clients) repeat(r *rand.Rand, op cellOp, headers []string, first cellOut) {
+	again, _ := c.ask(c.pick(r), op, headers)
+	if again.known && again != first {
+		c.t.Errorf("%+v was answered %+v, and its repetition %+v", op, first, again)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.mu.retried++
 }
 
 // ask sends one request. sure says that what is not known did not happen.
@@ -327,7 +341,7 @@ func (c *clients) verify() {
 			t.Errorf("the history of %s, %d operations, was too long to check", key, len(h))
 		}
 	}
-	t.Logf("%d operations on %d keys (%d writes acknowledged, %d of unknown outcome, %d repeated) are linearizable: %v", ops, len(c.mu.byKey), len(c.mu.writes), c.mu.unknown, c.mu.retried, !t.Failed())
+	t.Logf("%d operations on %d keys (%d writes acknowledged, %d of unknown outcome, %d repeated)", ops, len(c.mu.byKey), len(c.mu.writes), c.mu.unknown, c.mu.retried)
 	if c.mu.retried == 0 {
 		t.Error("nothing was repeated: the test shows nothing about idempotency keys")
 	}

@@ -34,6 +34,9 @@ var (
 	chaosSeed     = flag.Uint64("chaos.seed", 0, "what TestProcessChaos draws its faults from; 0: another each time")
 )
 
+// A thread of the tests ends only with them (see onThread), so this is no sooner.
+func init() { launchAttr.Pdeathsig = syscall.SIGKILL }
+
 // netns is a network namespace, held by its descriptor.
 type netns struct{ f *os.File }
 

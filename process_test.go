@@ -100,6 +100,10 @@ type process struct {
 	exited         chan struct{} // closed once it has ended and all its output is here
 }
 
+// launchAttr are how processes are started. Where the system can, they end with
+// the tests, however those end.
+var launchAttr = syscall.SysProcAttr{Setpgid: true}
+
 // launch runs the program in dir, with env on top of an environment that is
 // free of PONTOON_ variables. It is killed with its group when the test ends.
 func launch(t *testing.T, dir string, env []string, args ...string) *process {
@@ -114,13 +118,21 @@ func launchLimited(t *testing.T, dir string, files int, args ...string) *process
 	return launchCommand(t, dir, nil, exec.Command("sh", append(shell, args...)...), args)
 }
 
+// launchUnder is launch by means of another program and its arguments, which
+// becomes pontoon.
+func launchUnder(t *testing.T, dir string, wrapper []string, args ...string) *process {
+	t.Helper()
+	return launchCommand(t, dir, nil, exec.Command(wrapper[0], slices.Concat(wrapper[1:], []string{program(t)}, args)...), args)
+}
+
 func launchCommand(t *testing.T, dir string, env []string, cmd *exec.Cmd, args []string) *process {
 	t.Helper()
 	p := &process{t: t, name: "pontoon " + strings.Join(args, " "), cmd: cmd, exited: make(chan struct{})}
 	p.cmd.Dir = dir
 	p.cmd.Env = append(slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, "PONTOON_") }), env...)
 	p.cmd.Stdout, p.cmd.Stderr = &p.stdout, &p.stderr
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	attr := launchAttr
+	p.cmd.SysProcAttr = &attr
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}

@@ -313,6 +313,24 @@ type snapshotWriter interface {
 	sizes() (walBytes, snapBytes int64)
 }
 
+// snapRetry is how long to wait after a snapshot that found no room. Until there is
+// some the log grows instead, inside the space that it has allocated.
+const snapRetry = 2 * time.Second
+
+// snapPutOff is sent to snapped instead of a size.
+const snapPutOff = -1
+
+// snapshotEnded lets the next snapshot begin.
+func (s *kvstore) snapshotEnded(size int64) {
+	s.snapping = false
+	if size == snapPutOff {
+		s.snapNext = time.Now().Add(snapRetry)
+		s.since.entries = max(s.since.entries, s.cfg.SnapshotEntries) // still due
+		return
+	}
+	s.snapSize = size
+}
+
 // snapshotDue: often enough that a restart replays little, seldom enough that
 // snapshots of a large state do not cost more than the log they replace.
 func (s *kvstore) snapshotDue() bool {
@@ -322,7 +340,7 @@ func (s *kvstore) snapshotDue() bool {
 // snapshot starts writing the state as it is now, while writes go on: the copy
 // costs nothing (kv.State.Clone). One at a time.
 func (s *kvstore) snapshot() {
-	if s.snapping || s.standing() != agrees || s.table == nil || len(s.table.Members) == 0 {
+	if s.snapping || s.standing() != agrees || s.table == nil || len(s.table.Members) == 0 || time.Now().Before(s.snapNext) {
 		return
 	}
 	s.mu.Lock()
@@ -343,6 +361,10 @@ func (s *kvstore) writeSnapshot(h snapHeader, state *kv.State) {
 	start := time.Now()
 	d := s.fileSnapshot(h, state)
 	switch {
+	case noRoom(d.err): // nothing is lost but time: the log has it all
+		s.log.Error("no room for a snapshot: it is put off, and the log grows; free some space", zap.Uint64("index", h.Index), zap.Error(d.err))
+		s.snapped <- snapPutOff
+		return
 	case errors.Is(d.err, kv.ErrBroken):
 		s.broken <- d.err
 		fallthrough

@@ -418,9 +418,14 @@ func (d *diskStore) writeSnapshot(h snapHeader, state *kv.State) (size int64, er
 		return 0, errors.Join(err, os.Remove(path+".tmp"))
 	}
 	if err = os.Rename(path+".tmp", path); err != nil {
-		return 0, err
+		return 0, errors.Join(err, os.Remove(path+".tmp"))
 	}
 	return w.written, syncDir(d.snapDir())
+}
+
+// noRoom says that a write failed for lack of space and for nothing worse.
+func noRoom(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 }
 
 // syncWriter pushes dirty pages out as it goes: one large sync at the end
