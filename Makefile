@@ -9,7 +9,7 @@ DURATION ?= 10m
 SEED     ?= 0
 SIM      ?= -sim.duration=1h -sim.seed=1000000
 
-.PHONY: help test race lint fuzz stress sweep chaos bench ci clean sim
+.PHONY: help test race lint fuzz stress sweep chaos bench ci clean sim overload
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,9 @@ sweep: ## damage every bit of a member's files, and start from what a power loss
 
 sim: ## simulate clusters for long: SIM='-sim.duration=1h -sim.seed=1000000'; adds a line to docs/simulation.md
 	go test -run 'TestSim$$' -timeout 0 . $(SIM) -sim.ledger=docs/simulation.md
+
+overload: ## attack a process with thousands of connections, for minutes, and print what it cost
+	go test -v -timeout 20m -run '^(TestOverload|TestDescriptorsAreReserved)$$' . -overload.full
 
 bench: ## run the benchmarks BENCH (all) in PKG
 	go test -run '^$$' -bench '$(BENCH)' -benchmem $(PKG)

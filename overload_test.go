@@ -194,6 +194,12 @@ func (a *attackers) note(what string) {
 	a.mu.Unlock()
 }
 
+func (a *attackers) got(what string) int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.mu.seen[what]
+}
+
 // each runs f for every attacker, again and again, until the attack ends. A
 // connection that f is given closes when it returns or the attack ends.
 func (a *attackers) each(f func(i int, c net.Conn) error) {
@@ -216,11 +222,15 @@ func (a *attackers) each(f func(i int, c net.Conn) error) {
 					stop()
 					c.Close()
 				}
-				a.pause(100 * time.Millisecond)
+				a.pause(2 * a.pace())
 			}
 		})
 	}
 }
+
+// pace is between two steps of one attacker, such that all of them together take
+// 5,000 a second: the machine is to be busy with the victim.
+func (a *attackers) pace() time.Duration { return time.Duration(a.n) * time.Second / 5000 }
 
 // errno is an error without addresses, so that equal ones count together.
 func errno(err error) string {
@@ -251,7 +261,7 @@ func (a *attackers) drip(c net.Conn, s string) error {
 		if _, err := c.Write([]byte{s[min(i, len(s)-1)]}); err != nil {
 			return err
 		}
-		a.pause(50 * time.Millisecond)
+		a.pause(a.pace())
 	}
 	return nil
 }
@@ -275,13 +285,16 @@ func (a *attackers) answer(c net.Conn) {
 // pour writes head and then piece without end, or until it is told to stop.
 func (a *attackers) pour(c net.Conn, head, piece string, most int) error {
 	var answered atomic.Bool
-	a.wg.Go(func() { a.answer(c); answered.Store(true); c.Close() })
+	done := make(chan struct{})
+	a.wg.Go(func() { a.answer(c); answered.Store(true); c.Close(); close(done) })
 	n, err := io.WriteString(c, head)
 	for n < most && err == nil && a.ctx.Err() == nil && !answered.Load() {
 		var k int
 		k, err = io.WriteString(c, piece)
 		n += k
+		a.pause(a.pace())
 	}
+	<-done
 	return nil // the answer is what counts
 }
 
@@ -310,14 +323,9 @@ func attacks() []attack {
 				return a.drip(c, " ")
 			})
 		}},
-		{name: "half a body, then nothing", conns: 8000, each: 60 << 10, all: 2 * maxBodyBytes, run: func(a *attackers) {
-			half := strings.Repeat("x", 512<<10)
+		{name: "half a body, then nothing", conns: 2000, each: 60 << 10, all: 2 * maxBodyBytes, run: func(a *attackers) {
 			a.each(func(i int, c net.Conn) error {
-				if _, err := io.WriteString(c, put("/v1/kv/half?timeout=60s", "Content-Length: 1000000\r\n")+half); err != nil {
-					return err
-				}
-				a.answer(c)
-				return nil
+				return a.pour(c, put("/v1/kv/half?timeout=60s", "Content-Length: 1000000\r\n"), large, 512<<10)
 			})
 		}},
 		{name: "idle", conns: 10000, each: 40 << 10, run: func(a *attackers) {
@@ -346,7 +354,7 @@ func attacks() []attack {
 		}},
 		{name: "heads of 1 MiB", conns: 2000, each: 160 << 10, run: func(a *attackers) {
 			a.each(func(i int, c net.Conn) error {
-				return a.pour(c, "GET /k HTTP/1.1\r\nHost: x\r\n", "X-"+strconv.Itoa(i)+": "+large[:1000]+"\r\n", mib)
+				return a.pour(c, "GET /k HTTP/1.1\r\nHost: x\r\n", "X-"+strconv.Itoa(i)+": "+large[:8000]+"\r\n", mib)
 			})
 		}},
 		{name: "requests without reading answers", conns: 1000, each: 100 << 10, run: func(a *attackers) {
@@ -383,8 +391,10 @@ func attacks() []attack {
 			const streams = 200
 			for range max(a.n/streams, 1) {
 				client := &http.Client{Transport: &http.Transport{Protocols: &protocols}}
+				var all sync.WaitGroup
+				defer a.wg.Go(func() { all.Wait(); client.CloseIdleConnections() })
 				for range min(streams, a.n) {
-					a.wg.Go(func() {
+					all.Go(func() {
 						a.ready.Add(1)
 						for a.ctx.Err() == nil {
 							r, w := io.Pipe()
@@ -400,7 +410,7 @@ func attacks() []attack {
 								resp.Body.Close()
 							}
 							r.Close()
-							a.pause(100 * time.Millisecond)
+							a.pause(a.pace())
 						}
 					})
 				}
@@ -473,6 +483,9 @@ func TestOverload(t *testing.T) {
 					t.Errorf("an honest client met %q %d times of %d", what, n, len(h.took))
 				}
 			}
+			if want := mustSee[x.name]; want != "" {
+				waitFor(t, "an attacker to get "+want, func() bool { return a.got(want)+a.got(want+", come back") > 0 })
+			}
 			peak := v.procStatus("VmHWM:") << 10
 			end()
 			a.wg.Wait()
@@ -490,12 +503,9 @@ func TestOverload(t *testing.T) {
 				t.Errorf("it cost %d MiB of memory, %d may be", (peak-before)>>20, bound>>20)
 			}
 			for _, what := range mustNot {
-				if n := a.mu.seen[what]; n > 0 {
+				if n := a.got(what); n > 0 {
 					t.Errorf("%d attackers got %s", n, what)
 				}
-			}
-			if want := mustSee[x.name]; want != "" && a.mu.seen[want]+a.mu.seen[want+", come back"] == 0 {
-				t.Errorf("no attacker got %s: %v", want, a.mu.seen)
 			}
 			waitFor(t, "their goroutines to end", func() bool {
 				now, err := v.metric("go_goroutines")
@@ -571,4 +581,147 @@ func TestDescriptorsAreReserved(t *testing.T) {
 		t.Errorf("the log says\n%s", text)
 	}
 	p.stop()
+}
+
+// Slow bodies hold no slots, and share the room for bodies: who asks for more than is
+// left is told to come back, and small values are let through all the same.
+func TestBodiesShareTheirRoom(t *testing.T) {
+	l := testLimits()
+	l.MaxInFlight, l.MaxBodyBytes = 2, 1<<20
+	h, _ := newTwinAPI(t, l)
+	addr := serveTest(t, h)
+	bodies := &h.Handler.(*httpAPI).bodies
+	const half = 400 << 10
+	slow := func(target string) *rawConn {
+		c := dialRaw(t, addr)
+		c.send("PUT " + target + " HTTP/1.1\r\nHost: h\r\nContent-Length: 800000\r\n\r\n" + strings.Repeat("x", half))
+		return c
+	}
+	first := slow("/v1/kv/a")
+	waitFor(t, "half of a body", func() bool { return bodies.bytes.Load() >= half-minBodyBuffer })
+	if n := h.m.inFlight.Load(); n != 0 {
+		t.Errorf("a body on its way holds %d slots", n)
+	}
+	others := []*rawConn{slow("/v1/kv/b"), slow("/c")}
+	for _, c := range others {
+		if a := c.answer("PUT"); a.status != 429 || a.header.Get("Retry-After") == "" {
+			t.Errorf("beyond the room: %d", a.status)
+		}
+	}
+	for _, target := range []string{"/small", "/v1/kv/small"} {
+		if a := exchange(t, addr, "PUT", target, "", strings.Repeat("x", minBodyBuffer/2)); a.status/100 != 2 {
+			t.Errorf("a small value while the room is taken: %d %s", a.status, a.body)
+		}
+	}
+	if a := exchange(t, addr, "POST", "/v1/txn", "", `{"then":[{"put":{"key":"k","value":"v"}}]}`); a.status != 200 {
+		t.Errorf("a small transaction while the room is taken: %d %s", a.status, a.body)
+	}
+	first.send(strings.Repeat("x", 800000-half))
+	if a := first.answer("PUT"); a.status != 201 {
+		t.Errorf("the body that was there first: %d", a.status)
+	}
+	waitFor(t, "the room to be given back", func() bool { return bodies.bytes.Load() == 0 })
+	if a := exchange(t, addr, "PUT", "/large", "", strings.Repeat("x", 800000)); a.status != 204 {
+		t.Errorf("afterwards: %d", a.status)
+	}
+	waitFor(t, "the room to be given back", func() bool { return bodies.bytes.Load() == 0 && h.m.inFlight.Load() == 0 })
+}
+
+// Streams of HTTP/2 cost no connection, so those whose bodies are on their way
+// are counted; a client of HTTP/1 is served beside them.
+func TestStreamsWithBodiesAreCounted(t *testing.T) {
+	l := testLimits()
+	l.MaxInFlight = 3
+	h, _ := newTwinAPI(t, l)
+	addr := serveTest(t, h)
+	var protocols http.Protocols
+	protocols.SetUnencryptedHTTP2(true)
+	client := &http.Client{Transport: &http.Transport{Protocols: &protocols}}
+	defer client.CloseIdleConnections()
+	status := make(chan int, l.MaxInFlight+1)
+	var ends []*io.PipeWriter
+	for range l.MaxInFlight + 1 {
+		r, w := io.Pipe()
+		ends = append(ends, w)
+		go func() {
+			req, err := http.NewRequest(http.MethodPut, "http://"+addr+"/k", r)
+			if err != nil {
+				panic(err)
+			}
+			resp, err := client.Do(req)
+			if err != nil {
+				t.Error(err)
+				status <- 0
+				return
+			}
+			resp.Body.Close()
+			status <- resp.StatusCode
+		}()
+	}
+	if s := <-status; s != 429 {
+		t.Errorf("one stream too many: %d", s)
+	}
+	if a := exchange(t, addr, "PUT", "/small", "", "x"); a.status != 204 {
+		t.Errorf("a connection beside them: %d", a.status)
+	}
+	for _, w := range ends {
+		w.Close()
+	}
+	for range l.MaxInFlight {
+		if s := <-status; s != 204 {
+			t.Errorf("a stream that was let in: %d", s)
+		}
+	}
+	if n := h.Handler.(*httpAPI).bodies.streams.Load(); n != 0 {
+		t.Errorf("%d streams are still counted", n)
+	}
+}
+
+func TestShareFiles(t *testing.T) {
+	for _, x := range []struct {
+		most    int
+		files   uint64
+		clients int
+		peers   int
+	}{
+		{16384, 1 << 20, 16384, 256}, {16384, 20000, 16384, 256}, {16384, 1<<64 - 1, 16384, 256}, {16384, 4096, 3584, 256},
+		{16384, 1024, 512, 256}, {16384, 256, 128, 64}, {100, 256, 100, 64}, {16384, 3, 2, 1}, {16384, 0, 1, 1},
+	} {
+		if clients, peers := shareFiles(x.most, x.files); clients != x.clients || peers != x.peers {
+			t.Errorf("of %d files for %d: %d and %d, want %d and %d", x.files, x.most, clients, peers, x.clients, x.peers)
+		}
+	}
+}
+
+// The peer port has places, and a connection that closes gives back its own, once.
+func TestPeerPortIsBounded(t *testing.T) {
+	l, err := listenPeer("127.0.0.1:0", 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	slots := l.(*boundedListener).slots
+	var open []net.Conn
+	for range 2 {
+		out, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer out.Close()
+		in, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		open = append(open, in)
+	}
+	if len(slots) != 2 || cap(slots) != 2 {
+		t.Fatalf("%d of %d places are taken by 2", len(slots), cap(slots))
+	}
+	for i, in := range open {
+		in.Close()
+		in.Close()
+		if len(slots) != 1-i {
+			t.Fatalf("%d places are taken when %d have left", len(slots), i+1)
+		}
+	}
 }

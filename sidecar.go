@@ -30,7 +30,7 @@ func (d *diskStore) nextBoot() (uint64, error) {
 			text, err = line, nil
 		}
 		if err == nil {
-			boots, err = strconv.ParseUint(text, 10, 64)
+			boots, err = strconv.ParseUint(text, 10, 63) // it must not wrap
 		}
 		if err != nil {
 			return 0, fmt.Errorf("%w: %s is damaged; %s %d", errRefuse, path, hint, time.Now().Unix())
