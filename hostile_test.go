@@ -227,10 +227,12 @@ func TestPeerPortBoundsMemory(t *testing.T) {
 // The queue before the loop is bounded in bytes as well.
 func TestReceivedBytesAreBounded(t *testing.T) {
 	b := newBenchNode(t)
+	const rest = 4 << 10
+	b.received.Store(maxReceived - rest) // by others
 	big := func() *raftpb.Message {
 		m := message(raftpb.MsgApp, 2, 5)
 		m.Index, m.LogTerm = new(uint64(1)), new(uint64(1))
-		m.Entries = []*raftpb.Entry{{Type: raftpb.EntryNormal.Enum(), Index: new(uint64(2)), Term: new(uint64(5)), Data: make([]byte, maxReceived/4)}}
+		m.Entries = []*raftpb.Entry{{Type: raftpb.EntryNormal.Enum(), Index: new(uint64(2)), Term: new(uint64(5)), Data: make([]byte, rest/4)}}
 		return m
 	}
 	for range 8 {
@@ -239,21 +241,22 @@ func TestReceivedBytesAreBounded(t *testing.T) {
 		}
 	}
 	if len(b.recvC) != 4 {
-		t.Fatalf("%d messages of a quarter of the bound wait", len(b.recvC))
+		t.Fatalf("%d messages of a quarter of the room wait", len(b.recvC))
 	}
 	for len(b.recvC) > 0 {
 		b.taken(<-b.recvC)
 	}
-	if err := b.Process(context.Background(), big()); err != nil || len(b.recvC) != 1 || b.received.Load() != maxReceived/4 {
+	if err := b.Process(context.Background(), big()); err != nil || len(b.recvC) != 1 || b.received.Load() != maxReceived-rest+rest/4 {
 		t.Fatalf("%v; %d messages of %d bytes wait after the queue was emptied", err, len(b.recvC), b.received.Load())
 	}
 	prop := message(raftpb.MsgProp, 2, 0)
-	prop.Entries = []*raftpb.Entry{{Data: make([]byte, maxUncommitted/4)}}
+	prop.Entries = []*raftpb.Entry{{Data: make([]byte, rest/4)}}
+	b.heldBytes = maxUncommitted - rest
 	for range 8 {
 		b.hold(prop)
 	}
 	if len(b.held) != 4 {
-		t.Fatalf("%d proposals of a quarter of the bound are held", len(b.held))
+		t.Fatalf("%d proposals of a quarter of the room are held", len(b.held))
 	}
 }
 
@@ -480,8 +483,8 @@ func hostileStreams(t testing.TB) (appends, messages []string) {
 		"\x01" + string(be64(math.MaxUint64)), // entries: make panics
 		"\x01" + string(be64(math.MaxInt64)),
 		"\x01" + string(be64(1<<40)),
-		"\x01" + string(be64(maxPeerEntries+1)),
-		"\x01" + string(be64(2)) + string(be64(math.MaxUint64)), // bytes of an entry
+		"\x01" + string(be64(maxPeerEntries+1)) + strings.Repeat(string(be64(0)), maxPeerEntries+2), // whole, but it would take a hundred times that
+		"\x01" + string(be64(2)) + string(be64(math.MaxUint64)),                                     // bytes of an entry
 		"\x01" + string(be64(2)) + string(be64(1<<62)),
 		"\x01" + string(be64(2)) + string(be64(1<<40)),
 		"\x01" + string(be64(2)) + string(be64(maxPeerFrame)),
@@ -517,6 +520,33 @@ func hostileStreams(t testing.TB) (appends, messages []string) {
 		msg(func(m *raftpb.Message) { m.Responses = []*raftpb.Message{{}} }),
 	}
 	return appends, messages
+}
+
+// Nothing of such a stream gets through, and all of an honest one does.
+func TestHostileStreams(t *testing.T) {
+	appends, messages := hostileStreams(t)
+	for i, s := range slices.Concat(appends, messages) {
+		if out, err := readStream(strings.NewReader(s), i < len(appends)); len(out) > 0 || err == nil {
+			if string(out) == s && i == len(appends)+4 {
+				continue // a whole message of garbage: rafthttp refuses it without harm
+			}
+			t.Errorf("of %.60q %d bytes got through, %v", s, len(out), err)
+		}
+	}
+	large := marshal(t, &raftpb.Entry{Data: make([]byte, maxMessageBytes)})
+	frame := func(n int) io.Reader {
+		parts := []io.Reader{strings.NewReader("\x01"), bytes.NewReader(be64(uint64(n)))}
+		for range n {
+			parts = append(parts, bytes.NewReader(be64(uint64(len(large)))), bytes.NewReader(large))
+		}
+		return io.MultiReader(append(parts, bytes.NewReader(be64(9)))...)
+	}
+	if out, err := readStream(frame(4), true); err != nil || len(out) != 1+8+4*(8+len(large))+8 {
+		t.Errorf("four large entries: %d bytes, %v", len(out), err)
+	}
+	if out, err := readStream(frame(maxPeerFrame/maxMessageBytes), true); !errors.Is(err, errBadFrame) || len(out) > 0 {
+		t.Errorf("entries that are too large together: %d bytes, %v", len(out), err)
+	}
 }
 
 func TestHostileAnswers(t *testing.T) {

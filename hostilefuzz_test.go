@@ -28,8 +28,8 @@ import (
 // data directory, and the options of a watch.
 
 // readStream reads a peer's stream as rafthttp would, to its end.
-func readStream(data []byte, appends bool) (out []byte, err error) {
-	s := &peerStream{body: io.NopCloser(bytes.NewReader(nil)), src: bufio.NewReader(bytes.NewReader(data)), peer: 2,
+func readStream(data io.Reader, appends bool) (out []byte, err error) {
+	s := &peerStream{body: io.NopCloser(data), src: bufio.NewReader(data), peer: 2,
 		known: func(id uint64) bool { return id == 3 }, refused: func(error) {}}
 	s.next = s.messageFrame
 	if appends {
@@ -109,7 +109,7 @@ func FuzzPeerStream(f *testing.F) {
 		}
 	}
 	f.Fuzz(func(t *testing.T, appends bool, data []byte) {
-		out, err := readStream(data, appends)
+		out, err := readStream(bytes.NewReader(data), appends)
 		if err != nil && !errors.Is(err, errBadFrame) && !errors.Is(err, io.ErrUnexpectedEOF) {
 			t.Fatalf("ends with %v", err)
 		}
@@ -456,6 +456,9 @@ func FuzzSmallFiles(f *testing.F) {
 	good := marshalJSON(f, snapHeader{5, 2, table})
 	f.Add(good)
 	f.Add(marshalJSON(f, clusterInfo{Member: 1, Members: table}))
+	homeless := &membership{ClusterID: 1, Members: []member{{ID: 1, Started: true}, {ID: 2}}}
+	f.Add(marshalJSON(f, clusterInfo{Member: 1, Members: homeless}))
+	f.Add(marshalJSON(f, snapHeader{5, 2, homeless}))
 	for _, s := range []string{"", "7\n", "-1", "18446744073709551615", "99999999999999999999", "null", "{}", "[]", `{"index":1,"term":1,"members":null}`,
 		`{"index":1,"term":1,"members":{"cluster_id":"1","members":[null]}}`, `{"index":1,"term":1,"members":{"cluster_id":"1","members":[{"id":1}]}}`} {
 		f.Add([]byte(s))

@@ -90,9 +90,15 @@ func (s *kvstore) propose(ctx context.Context, c *kv.Command) (kv.Result, error)
 		return kv.Result{}, err
 	}
 	p := s.newProposal(c)
+	size := int64(len(p.command))
+	if s.node.offered.Add(size) > maxOffered {
+		s.node.offered.Add(-size)
+		return kv.Result{}, errOverloaded
+	}
 	select {
 	case s.node.proposeC <- p:
 	case <-ctx.Done():
+		s.node.offered.Add(-size)
 		return kv.Result{}, s.notProposed()
 	case <-s.node.doneC:
 		return kv.Result{}, errStopping

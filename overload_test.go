@@ -19,6 +19,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"pontoon/kv"
 )
 
 // Clients that mean harm, or too well, against a real process. While each attack
@@ -723,5 +725,37 @@ func TestPeerPortIsBounded(t *testing.T) {
 		if len(slots) != 1-i {
 			t.Fatalf("%d places are taken when %d have left", len(slots), i+1)
 		}
+	}
+}
+
+// While the loop hangs in the disk, what clients offer and give up on stays in
+// its queue; that is bounded in bytes.
+func TestOfferedBytesAreBounded(t *testing.T) {
+	b := newBenchNode(t)
+	s := newKVStore(b.raftNode, &recovered{state: kv.NewState()}, nil)
+	gone, cancel := context.WithCancel(context.Background())
+	cancel()
+	const rest = 8 << 10
+	b.offered.Store(maxOffered - rest) // by others
+	value := make([]byte, rest/8)
+	offer := func() error {
+		_, err := s.put(gone, "k", value) // the queue or the context: both are ready
+		return err
+	}
+	for len(b.proposeC) < 7 { // the eighth does not fit with its key
+		if err := offer(); !errors.Is(err, errNotProposed) && !errors.Is(err, errNoLeader) {
+			t.Fatalf("with %d waiting: %v", len(b.proposeC), err)
+		}
+	}
+	for range 20 {
+		if err := offer(); !errors.Is(err, errOverloaded) {
+			t.Fatalf("beyond the bound: %v", err)
+		}
+	}
+	for len(b.proposeC) > 0 {
+		b.enqueue(<-b.proposeC)
+	}
+	if n := b.offered.Load(); n != maxOffered-rest {
+		t.Errorf("%d bytes are counted that are not there", n-(maxOffered-rest))
 	}
 }

@@ -192,7 +192,7 @@ func (n *raftNode) isMember(id uint64) bool { return n.members.Load().index(id) 
 // refusedAnswer is told what was wrong with a peer's answer.
 func (n *raftNode) refusedAnswer(err error) {
 	n.met.refusedMessages.Inc()
-	n.log.Warn("a peer's answer was refused; do all members run the same version?", zap.Error(err))
+	n.said.Error("a peer's answer was refused; do all members run the same version?", zap.Error(err))
 }
 
 // clusterInfo is what a member tells a joiner on the peer port.

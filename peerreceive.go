@@ -153,7 +153,7 @@ func (in *peerReceiver) snapshot(r *http.Request) error {
 	start := time.Now()
 	body := &snapBody{Reader: r.Body, room: in.roomForSnapshot, since: start}
 	if err := in.snaps.receiveSnapshot(index, body, func(h snapHeader) error { return in.snapshotFits(m, h) }); err != nil {
-		in.log.Error("refused a snapshot", zap.Uint64("from", m.GetFrom()), zap.Uint64("index", index), zap.Error(err))
+		in.said.Error("refused a snapshot", zap.Uint64("from", m.GetFrom()), zap.Uint64("index", index), zap.Error(err))
 		return err
 	}
 	in.log.Info("received a snapshot", zap.Uint64("from", m.GetFrom()), zap.Uint64("index", index), zap.Duration("took", time.Since(start).Round(time.Millisecond)))

@@ -44,6 +44,7 @@ func (p *proposal) finish(r kv.Result, err error) {
 
 func (n *raftNode) enqueue(p *proposal) {
 	p.since = n.ticks
+	n.offered.Add(-int64(len(p.command)))
 	n.queue = append(n.queue, p)
 }
 

@@ -50,6 +50,7 @@ type raftNode struct {
 	boot uint64 // counts the starts of this member; names its batches (kv.Batch)
 	cfg  Config
 	log  *zap.Logger
+	said *zap.Logger // log, but of each kind of line one in ten seconds: for what peers can cause at will
 	met  *nodeMetrics
 
 	// The two ways in which a node touches what a simulation (sim_test.go) has to
@@ -71,6 +72,7 @@ type raftNode struct {
 	inflight    inflight             // own batches between proposal and apply
 	soft        atomic.Pointer[soft] // published: who leads, which term
 	changed     broadcast            // tells that soft changed
+	offered     atomic.Int64         // bytes of commands in proposeC; they stay there while the disk hangs, whether their callers wait or not
 	received    atomic.Int64         // bytes of entries in recvC
 	members     atomic.Pointer[membership]
 	strangers   struct {
@@ -137,7 +139,7 @@ type commit struct {
 // newRaftNode prepares raft from what the disk says. Nothing runs yet.
 func newRaftNode(cfg Config, boot uint64, r *recovered, store logStore, snaps snapshotSource, log *zap.Logger, met *nodeMetrics) (*raftNode, error) {
 	n := &raftNode{
-		id: cfg.ID, boot: boot, cfg: cfg, log: log, met: met, store: store, snaps: snaps, applied: &wait.Index{},
+		id: cfg.ID, boot: boot, cfg: cfg, log: log, said: quiet(log), met: met, store: store, snaps: snaps, applied: &wait.Index{},
 		time: time.Now,
 		// goroutine: snapshot-sent or peer-remover, whatever its caller says
 		spawn:       func(f func()) { go f() },
@@ -380,7 +382,7 @@ func (n *raftNode) give(m *raftpb.Message) {
 // one of the two logs has lost something.
 func (n *raftNode) refuse(m *raftpb.Message, why string) {
 	n.met.refusedMessages.Inc()
-	n.log.Error("ignored a peer's message: "+why, zap.String("type", m.GetType().String()), zap.Uint64("from", m.GetFrom()),
+	n.said.Error("ignored a peer's message: "+why, zap.String("type", m.GetType().String()), zap.Uint64("from", m.GetFrom()),
 		zap.Uint64("term", m.GetTerm()), zap.Uint64("index", m.GetIndex()), zap.Uint64("commit", m.GetCommit()), zap.Uint64("last", n.stable))
 }
 
