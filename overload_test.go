@@ -392,11 +392,15 @@ func attacks() []attack {
 			protocols.SetUnencryptedHTTP2(true)
 			const streams = 200
 			for range max(a.n/streams, 1) {
-				client := &http.Client{Transport: &http.Transport{Protocols: &protocols}}
-				var all sync.WaitGroup
-				defer a.wg.Go(func() { all.Wait(); client.CloseIdleConnections() })
+				client := &http.Client{Transport: &http.Transport{Protocols: &protocols, DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+					c, err := (&net.Dialer{}).DialContext(ctx, network, addr)
+					if err == nil {
+						context.AfterFunc(a.ctx, func() { c.Close() })
+					}
+					return c, err
+				}}}
 				for range min(streams, a.n) {
-					all.Go(func() {
+					a.wg.Go(func() {
 						a.ready.Add(1)
 						for a.ctx.Err() == nil {
 							r, w := io.Pipe()
@@ -494,7 +498,8 @@ func TestOverload(t *testing.T) {
 			after := h.work(lasts / 3)
 			t.Logf("%d attackers: honest p99 %v (calm %v, after it %v; %d of %d refused), %d MiB more (bound %d), answers %v",
 				a.n, p99, calm, after, busy, len(h.took), (peak-before)>>20, (x.all+int64(a.n)*x.each)>>20+96, a.mu.seen)
-			if p99 > max(20*calm, 2*time.Second) {
+			// Loose, as attackers and victim share the machine's cores.
+			if p99 > max(20*calm, 4*time.Second) {
 				t.Errorf("an honest client waited %v", p99)
 			}
 			if after > max(20*calm, time.Second) {
