@@ -596,6 +596,8 @@ func TestDocsLimits(t *testing.T) {
 		{"open watches and long polls on a member", docCount(maxWatches)},
 		{"exports under way on a member", docCount(maxExports)},
 		{"requests that wait on a member", docCount(c.MaxInFlight) + " (`--max-in-flight`)"},
+		{"bodies under way on a member, beyond the first " + docBytes(minBodyBuffer) + " of each", docBytes(int64(maxBodyBytes))},
+		{"connections to a member", docCount(c.MaxConns) + " (`--max-connections`), or the limit of open files less " + docCount(fileReserve)},
 		{"`timeout=`", c.DefaultTimeout.String() + " by default, " + c.MaxTimeout.String() + " at most"},
 		{"`Prefer: wait=`", docCount(maxWaitSeconds) + " seconds"},
 	} {
