@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"time"
 
 	"go.etcd.io/raft/v3"
@@ -163,7 +164,11 @@ func (w *simWorld) logger(m *simMember) *zap.Logger {
 	core := zapcore.NewCore(zapcore.NewJSONEncoder(zapcore.EncoderConfig{}), zapcore.AddSync(io.Discard), zapcore.ErrorLevel)
 	return zap.New(core, zap.Hooks(func(e zapcore.Entry) error {
 		w.line(m.id, "logs: "+e.Message, 0, 0, 0, "")
-		if e.Message == "refused a snapshot" && w.prof.spoilSent+w.prof.spoil > 0 {
+		switch {
+		case e.Message == "refused a snapshot" && w.prof.spoilSent+w.prof.spoil > 0:
+			return nil
+		case strings.HasPrefix(e.Message, "a snapshot on this disk is damaged") && w.prof.spoil > 0:
+			w.mark("snapshot written again", m)
 			return nil
 		}
 		w.failf("member %d logs: %s", m.id, e.Message)
