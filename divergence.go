@@ -47,9 +47,9 @@ import (
 //
 // A member that has diverged answers no clients, writes and sends no snapshots, and
 // gives leadership away. It goes on to vote and to keep its log, which is as good as
-// any: the cluster loses no quorum. Snapshots that it wrote since the last mark at which
-// nobody contradicted it are set aside, so that a restart begins with an older one,
-// and the log makes the state anew; a snapshot that a leader sends does so at once.
+// any: the cluster loses no quorum. A restart makes its state anew from a snapshot and
+// the log; those snapshots that it wrote since the last mark at which nobody contradicted
+// it are set aside before. A snapshot that a leader sends heals it at once.
 //
 // The first mark after a start is not compared: what was answered before the snapshot
 // is not in it. A difference in the state itself shows at the next one.
@@ -199,7 +199,9 @@ func (s *kvstore) judge() {
 	right, found := majority(s.table.voters(), d.claims)
 	switch {
 	case found && right != d.under.digest:
-		s.diverge(fmt.Sprintf("at entry %d a majority of the voters has digest %016x, this member %016x", d.under.index, right, d.under.digest))
+		if s.diverge(fmt.Sprintf("at entry %d a majority of the voters has digest %016x, this member %016x", d.under.index, right, d.under.digest)) {
+			s.setAside()
+		}
 	case found:
 		s.nameDissenters()
 		s.settle(agrees)
@@ -266,24 +268,31 @@ func (s *kvstore) settle(to standing) {
 	s.log.Warn("a majority of the voters has the state of this member: it serves on", zap.Uint64("at_entry", s.div.under.index))
 }
 
-// diverge ends service. Nothing but a snapshot or a restart undoes it.
-func (s *kvstore) diverge(why string) {
+// diverge ends service; false: it had before. Nothing but a snapshot or a restart undoes it.
+func (s *kvstore) diverge(why string) bool {
 	if s.standing() == diverged {
-		return
+		return false
 	}
 	s.node.standing.Store(int32(diverged))
 	s.answerWaiting(errCommitTimeout) // they were applied; what came of it is not known here
 	s.settled.notify()
 	s.publishChanges()
 	s.node.mail.post(func() { s.node.mem.newest = nil }) // nor is it sent
-	aside, err := s.disk.setAsideSnapshots(s.div.agreed)
-	if err != nil {
-		s.log.Error("could not set aside snapshots of a state that differs; delete them before the next start: "+strings.Join(aside, ", "), zap.Error(err))
-	}
 	s.log.Error(fmt.Sprintf("the state of this member differs from what it should be: %s. It serves no clients any more, and still votes and keeps the log. "+
 		"Restart it: it then makes its state anew from its last good snapshot and the log. If that happens again, check this machine's memory and replace the member "+
-		"(DELETE /%d on another one, then add a new member under a new id with an empty data directory)", why, s.node.id),
-		zap.Uint64("good_until", s.div.agreed), zap.Strings("set_aside", aside))
+		"(DELETE /%d on another one, then add a new member under a new id with an empty data directory)", why, s.node.id))
+	return true
+}
+
+// setAside keeps the next start from the snapshots of a state that others contradict.
+// Those of a member whose memory is broken stay: each was added up as it was written.
+func (s *kvstore) setAside() {
+	files, err := s.disk.setAsideSnapshots(s.div.agreed)
+	if err != nil {
+		s.log.Error("could not set aside snapshots of a state that differs; delete them before the next start: "+strings.Join(files, ", "), zap.Error(err))
+	} else if len(files) > 0 {
+		s.log.Warn("snapshots of a state that differs are set aside, and may be deleted", zap.Strings("files", files), zap.Uint64("good_until", s.div.agreed))
+	}
 }
 
 // rejoin begins to compare anew, with the state of a snapshot.

@@ -349,6 +349,9 @@ func TestSnapshotOfBrokenStateIsNotWritten(t *testing.T) {
 	c, _ := newFaultyCluster(t, 1, wrongValue, nil)
 	n := c.leader()
 	n.mustPut("good", "1")
+	n.node.requestSnapshot()
+	c.wait("a snapshot", func() bool { return n.node.progress.snapshot.Load() > 1 })
+	good := n.node.progress.snapshot.Load()
 	n.flip("good")
 	n.store.mu.Lock()
 	state := n.store.mu.state.Clone()
@@ -358,17 +361,21 @@ func TestSnapshotOfBrokenStateIsNotWritten(t *testing.T) {
 	}
 	n.node.requestSnapshot()
 	n.awaitStanding(diverged)
-	if got := n.node.progress.snapshot.Load(); got != 1 {
+	if got := n.node.progress.snapshot.Load(); got != good {
 		t.Errorf("there is a snapshot of entry %d", got)
 	}
 	if err := n.node.do(c.ctx(), func() {}); err != nil {
 		t.Fatal(err)
 	}
-	if names, _ := filepath.Glob(filepath.Join(n.disk.snapDir(), "*")); len(names) != 1 {
+	if names, _ := filepath.Glob(filepath.Join(n.disk.snapDir(), "*")); len(names) != 2 {
 		t.Errorf("files: %v", names)
 	}
 	c.stop(1)
-	c.start(1).mustGet("good", "1")
+	n = c.start(1)
+	n.mustGet("good", "1")
+	if got := n.node.progress.snapshot.Load(); got != good {
+		t.Errorf("it began with the snapshot of entry %d, not %d, which is whole", got, good)
+	}
 }
 
 // Marks end where nothing changes any more.

@@ -64,11 +64,11 @@ type kvstore struct {
 
 func newKVStore(n *raftNode, r *recovered, disk snapshotWriter) *kvstore {
 	s := &kvstore{node: n, disk: disk, cfg: n.cfg, log: n.log, met: n.met, applied: n.applied, started: n.time(),
-		failC: make(chan error, 1), snapped: make(chan int64, 1), published: make(chan struct{}, 1), table: n.members.Load(), term: r.snap.Term}
+		failC: make(chan error, 1), broken: make(chan error, 1), snapped: make(chan int64, 1), published: make(chan struct{}, 1), table: n.members.Load(), term: r.snap.Term}
 	// goroutine: snapshot-writer
 	s.write = func(h snapHeader, state *kv.State) { go s.writeSnapshot(h, state) }
 	s.mu.state = r.state
-	s.broken, s.div.agreed = make(chan error, 1), r.snap.Index
+	s.div.agreed = r.snap.Index
 	s.applied.Advance(r.state.Applied())
 	s.revision.Advance(uint64(r.state.Revision()))
 	s.hub.SetLimit(maxWatches)

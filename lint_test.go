@@ -51,6 +51,7 @@ var lintEdges = []struct {
 	{".", "google.golang.org/protobuf/proto", false, "raft's messages are protobuf"},
 	{".", "google.golang.org/protobuf/encoding/protowire", false, "looks at a peer's message before it is decoded"},
 	{".", "go.uber.org/zap", false, "the logger that raft, rafthttp and wal log to"},
+	{".", "golang.org/x/sys/unix", true, "network namespaces, mounts and a frozen file system"},
 	{".", "github.com/prometheus/client_golang", false, "/metrics, where rafthttp and wal register theirs"},
 	{".", "github.com/coreos/go-semver", false, "checks a peer's version header as rafthttp will, which panics on a bad one"},
 	{".", "pontoon/client", true, "tests talk to a node as its users do"},

@@ -129,6 +129,6 @@ func (s *kvstore) checks() []check {
 		check{"not shutting down", stopping},
 		check{"voter", member},
 		check{"log whole", s.node.aside.err()},
-		check{"linearizable read", s.linearize(ctx)},
+		check{"linearizable read", s.sync(ctx, readOptions{})},
 	)
 }
