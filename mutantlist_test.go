@@ -1,0 +1,273 @@
+package main
+
+// The mutants of TestMutants, by what they break.
+var mutants = []mutant{
+	{
+		name: "a follower acknowledges an append before its sync", file: "raft.go",
+		before: `	if err := n.persist(rd); err != nil {
+		return err
+	}
+	n.send(late)
+`,
+		after: `	n.send(late)
+	if err := n.persist(rd); err != nil {
+		return err
+	}
+`,
+		test: "TestOrderOfDurability|TestSim$",
+	},
+	{
+		name: "commits are published before they are on this disk", file: "raft.go",
+		before: `	n.publish(onDisk)
+	if err`,
+		after: `	n.publish(onDisk)
+	n.publish(fresh)
+	fresh = nil
+	if err`,
+		test: "TestOrderOfDurability|TestSim$",
+	},
+	{
+		name: "an error of the log is swallowed", file: "storage.go",
+		before: `	if err := errors.Join(d.wal.Sync(), d.setMark(syncMark{d.wal.Frames(), d.hard.Term}, promises)); err != nil {
+		return fmt.Errorf("%w: write log: %w", errDurability, err)
+	}`,
+		after: `	if err := errors.Join(d.wal.Sync(), d.setMark(syncMark{d.wal.Frames(), d.hard.Term}, promises)); err != nil {
+		d.log.Warn("write log", zap.Error(err))
+	}`,
+		test: "TestProcessFull|TestProcessFsync|TestProcessDisk|TestProcessSync|TestFailingDisk",
+	},
+	{
+		name: "a vote is not synced", file: "storage.go",
+		before: `	if !promises && len(ents) == 0 {`,
+		after:  `	if len(ents) == 0 {`,
+		test:   "TestCrashImages|TestDamageIsNoticed|TestSyncMark|TestVote",
+	},
+	{
+		name: "a read does not wait for a commit of this term", file: "read.go",
+		before: `		return n.committedTerm == n.now.term`,
+		after:  `		return true`,
+		test:   "TestSingleVoter|TestRead|TestSim$|TestLinear",
+	},
+	{
+		name: "the context of a read is used again", file: "read.go",
+		before: `		rand.Read(ctx) // never fails (crypto/rand)`,
+		after:  "",
+		test:   "TestRead|TestSim$|TestLinear",
+	},
+	{
+		name: "a read does not wait until its index is applied", file: "read.go",
+		before: `		n.applied.Call(s.Index, func() {`,
+		after:  `		n.applied.Call(0, func() {`,
+		test:   "TestSim$|TestLinear",
+	},
+	{
+		name: "a batch that was proposed again applies twice", file: "kv/state.go",
+		before: `	if b.Node != 0 && !s.admit(b.Node, b.Boot, b.Seq) {`,
+		after:  `	if b.Node != 0 && !s.admit(b.Node, b.Boot, b.Seq) && false {`,
+		test:   "Replay|Model",
+	},
+	{
+		name: "replay windows are not in snapshots", file: "kv/snapshot.go",
+		before: `	for i := range s.windows {
+		buf = s.windows[i].append(buf[:0])`,
+		after: `	for i := range s.windows[:0] {
+		buf = s.windows[i].append(buf[:0])`,
+		test: "Snapshot",
+	},
+	{
+		name: "idempotency results are not in snapshots", file: "kv/sections.go",
+		before: `		bw.write(buf)
+		bw.write(bytesOf(k.result))
+`,
+		after: `		_ = buf
+`,
+		test: "Sections|Snapshot|Once",
+	},
+	{
+		name: "an idempotency key does not hold another request off", file: "kv/once.go",
+		before: `	if k.fingerprint != c.Once.Fingerprint {`,
+		after:  `	if false {`,
+		test:   "Once",
+	},
+	{
+		name: "a removed id may come back", file: "member.go",
+		before: `	if m.isRemoved(x.ID) {
+		return fmt.Errorf("%w: id %d was removed; choose`,
+		after: `	if false {
+		return fmt.Errorf("%w: id %d was removed; choose`,
+		test: "TestMember|TestSim$",
+	},
+	{
+		name: "a tick of a former leader counts", file: "clock.go",
+		before: "c.Op == kv.OpTick && c.Tick.Term != term {",
+		after:  "c.Op == kv.OpTick && c.Tick.Term > term+1<<40 {",
+		test:   "TestTick|TestMayTick|TestLateTick|TestTTL",
+	},
+	{
+		name: "leases run twice as fast", file: "clock.go",
+		before: "return c.reads + now.Sub(c.at).Milliseconds() }",
+		after:  "return c.reads + 2*now.Sub(c.at).Milliseconds() }",
+		test:   "TestTTL|TestSim$|TestLease",
+	},
+	{
+		name: "a lease starts before its grant was answered", file: "kv/lease.go",
+		before: `		if !ok || uint64(w.at) > tick.Seen {`,
+		after:  `		if !ok {`,
+		test:   "Lease|Tick",
+	},
+	{
+		name: "a watcher is not told that history was compacted", file: "read.go",
+		before: `	case uint64(h.Compacted()) >= next:`,
+		after:  `	case false:`,
+		test:   "TestWatch|TestDispatch|TestHub|TestStalled|TestSim$",
+	},
+	{
+		name: "a batch of events loses its first", file: "read.go",
+		before: `		events = append(events, e)
+		return true`,
+		after: `		if len(events) > 0 || e.Revision%7 != 0 {
+			events = append(events, e)
+		}
+		return true`,
+		test: "TestSim$|TestProcessWatch|TestWatch",
+	},
+	{
+		name: "the log is released before the snapshot is recorded", file: "snapshot.go",
+		before: `	if err := n.store.saveSnapshot(sn.Metadata); err != nil {
+		return err
+	}
+	n.mem.newest, n.stateBytes = sn, d.size`,
+		after: `	if err := n.store.release(index); err != nil {
+		return err
+	}
+	if err := n.store.saveSnapshot(sn.Metadata); err != nil {
+		return err
+	}
+	n.mem.newest, n.stateBytes = sn, d.size`,
+		test: "TestOrderOfDurability|TestSim$|TestCrashImages",
+	},
+	{
+		name: "a late answer says not_applied of a command on its way", file: "kvstore.go",
+		before: `	select {
+	case <-p.done: // applied just now
+		return p.result, p.err
+	default:
+		return kv.Result{}, errCommitTimeout
+	}`,
+		after: `	return kv.Result{}, s.notProposed()`,
+		test:  "TestSim$|TestProposal|TestTruthful|TestAbandon|TestOutcome|TestLinear",
+	},
+	{
+		name: "a member that stands aside votes", file: "aside.go",
+		before: `	case raftpb.MsgVote, raftpb.MsgPreVote, raftpb.MsgTimeoutNow:
+		return true`,
+		after: `	case raftpb.MsgTimeoutNow:
+		return true`,
+		test: "TestAside|Aside",
+	},
+	{
+		name: "a member that stands aside votes again at once", file: "aside.go",
+		before: `	if last <= n.aside.term.Load() {
+		return nil
+	}`,
+		after: "",
+		test:  "Aside",
+	},
+	{
+		name: "one of two voters stands aside", file: "aside.go",
+		before: `	if others < len(voters)/2+1 {`,
+		after:  `	if others < 1 {`,
+		test:   "Aside",
+	},
+	{
+		name: "a log that ends early is taken for torn", file: "synced.go",
+		before: `	case c.Frames < m.frames:`,
+		after:  `	case false:`,
+		test:   "TestDamageIsNoticed|TestTornTail|TestCutLog",
+	},
+	{
+		name: "a frame that cannot be read ends the log", file: "internal/wal/read.go",
+		before: "later > 0",
+		after:  "false",
+		test:   "Torn|Damage",
+	},
+	{
+		name: "a frame of a file's former life is read", file: "internal/wal/read.go",
+		before: "|| frameNumber(b, at) != c.Frames+1 || frameChain(b, at) != c.chain",
+		after:  "",
+		test:   "Written",
+	},
+	{
+		name: "the log goes on after an error", file: "internal/wal/wal.go",
+		before: `	if l.broken = l.sync(); l.broken != nil {`,
+		after: `	if err := l.sync(); err != nil {
+		return err
+	}
+	if l.broken != nil {`,
+		test: "NoSync",
+	},
+	{
+		name: "a segment is released that is needed", file: "internal/wal/wal.go",
+		before: "l.segments[1].first <= index+1",
+		after:  "l.segments[1].first <= index+20",
+		test:   "List",
+	},
+	{
+		name: "a snapshot is written over while it is sent", file: "storage.go",
+		before: `		case d.mu.sent > 0: // it may be this one, and must not be written over`,
+		after:  `		case false:`,
+		test:   "TestPurgedSnapshot",
+	},
+	{
+		name: "a snapshot written over an older file keeps its end", file: "storage.go",
+		before: "f.Truncate(w.written), ",
+		after:  "",
+		test:   "TestPurgedSnapshot",
+	},
+	{
+		name: "a snapshot that arrives is not checked", file: "peerreceive.go",
+		before: `	if err == nil {
+		err = fits(h)
+	}
+`,
+		after: "",
+		test:  "TestSnapshot|TestHostile|TestBad|TestPeer",
+	},
+	{
+		name: "a heartbeat's context may be of any length", file: "peer.go",
+		before: "c != 0 && c != 8 {",
+		after:  "c < 0 {",
+		test:   "TestHostile|TestProcess|TestBad|TestPeer|FuzzStep|TestValid",
+	},
+	{
+		name: "a follower commits more than it holds", file: "raft.go",
+		before: `		if m.GetCommit() > n.stable && m.GetTerm() >= n.now.term {`,
+		after:  `		if false {`,
+		test:   "TestSim$|TestPeer|TestHostile|TestBad|FuzzStep|TestCommit",
+	},
+	{
+		name: "a minority's digest wins", file: "divergence.go",
+		before: `	case found && right != d.under.digest:`,
+		after:  `	case found && right == d.under.digest:`,
+		test:   "Diverg|Digest|Differ",
+	},
+	{
+		name: "the digest leaves out results", file: "kv/state.go",
+		before: `		results = append(results, s.run(&b.Commands[i], index))
+		s.trace = results[len(results)-1].fold(s.trace)`,
+		after: `		results = append(results, s.run(&b.Commands[i], index))`,
+		test:  "Digest|Mark",
+	},
+	{
+		name: "an append with a gap is joined", file: "raft.go",
+		before: `	if before.GetIndex()+uint64(len(ents)) != m.GetIndex() || `,
+		after:  `	if `,
+		test:   "TestJoin|TestSort|TestSim$|Cycle",
+	},
+	{
+		name: "an acknowledgement hides a later refusal", file: "raft.go",
+		before: "i >= 0 && !m.GetReject() && !ms[i].GetReject() && ms[i].GetIndex() <= m.GetIndex()",
+		after:  "i >= 0 && ms[i].GetIndex() <= m.GetIndex()",
+		test:   "TestJoin|TestSort|TestSim$|Ack",
+	},
+}
