@@ -528,6 +528,17 @@ func (h *simHistory) tooEarly(l *simLease) bool {
 	return float64(h.w.q.Now()-l.from)*h.w.rate < float64(l.ttl)-float64(10*time.Microsecond)
 }
 
+// late: a cluster that has been healthy for a while ends what is due within a
+// second, by the slowest clock. Half of healthyFor is for it to find a leader.
+func (h *simHistory) late() {
+	for _, l := range h.leases {
+		due := max(l.from, h.w.healAt+healthyFor/2) + time.Duration(float64(l.ttl)/(1-h.w.prof.rates)) + time.Second
+		if !l.gone && h.w.q.Now() > due && l.from+l.ttl < h.w.q.Now() {
+			h.w.failf("%s of %v, applied at %v, is still there", l.key, l.ttl, l.from)
+		}
+	}
+}
+
 // see looks at the leases in the state of a process, after it has applied something.
 func (h *simHistory) see(n *simNode) {
 	for top := int64(n.s.revision.At()); h.newest < top; {

@@ -109,6 +109,9 @@ func (w *simWorld) start(m *simMember) {
 	n.next = n.s.revision.At() + 1
 	w.line(m.id, "start", r.snap.Index, r.hard.GetCommit(), m.disk.boots, "")
 	w.checkHash(n)
+	if r.snap.Index > 0 {
+		w.checkTable(n, &r.snap)
+	}
 	if r.snap.Index == 0 { // a joiner knows its peers from whoever let it in
 		for _, o := range w.members {
 			n.peers[o.id] = true
@@ -221,7 +224,11 @@ func (w *simWorld) applySoon(n *simNode) {
 		return
 	}
 	n.applying = true
-	w.q.At(max(n.paused, w.q.Now())+w.faults.Between(0, w.prof.applyLag), func() {
+	lag := w.prof.applyLag
+	if w.sluggish(n) {
+		lag = w.prof.sluggish
+	}
+	w.q.At(max(n.paused, w.q.Now())+w.faults.Between(0, lag), func() {
 		n.applying = false
 		if n.m.node != n {
 			return
@@ -233,9 +240,14 @@ func (w *simWorld) applySoon(n *simNode) {
 	})
 }
 
+func (w *simWorld) sluggish(n *simNode) bool { return w.prof.sluggish > 0 && n.m.id%3 == 1 }
+
 // beside is what other goroutines of the process may do while its loop waits
 // for the disk.
 func (w *simWorld) beside(n *simNode) {
+	if w.sluggish(n) {
+		return
+	}
 	for range w.faults.IntN(3) {
 		w.apply(n)
 	}
@@ -257,7 +269,9 @@ func (w *simWorld) apply(n *simNode) {
 	}
 	c := n.rest[0]
 	n.rest = n.rest[1:]
+	w.checkConfs(n, c)
 	if c.snapshot != nil {
+		w.checkTable(n, c.snapshot)
 		w.line(n.m.id, "load snapshot", c.snapshot.Index, c.snapshot.Term, 0, "")
 	}
 	before := n.s.applied.At()

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -42,6 +43,7 @@ type simProfile struct {
 	change, transfer float64
 
 	applyLag      time.Duration
+	sluggish      time.Duration // the same, of every third member; 0: as the others
 	applySingly   bool
 	snapshotTakes time.Duration
 	transferTakes time.Duration
@@ -77,11 +79,12 @@ func drawProfile(r *sim.Rand) simProfile {
 	some(0.2, func() { p.full = r.Float(0, 0.03) })
 	some(0.25, func() { p.spoil = r.Float(0, 0.03) })
 	some(0.2, func() { p.spoilSent = r.Float(0, 0.3) })
-	some(0.5, func() { p.change = r.Float(0, 0.03) })
-	some(0.35, func() { p.transfer = r.Float(0, 0.05) })
+	some(0.5, func() { p.change = r.Float(0, 0.05) })
+	some(0.35, func() { p.transfer = r.Float(0, 0.08) })
 	some(0.3, func() { p.watchQueue = 1 + r.IntN(8) })
 	some(0.2, func() { p.applyLag = r.Between(3*ms, 60*ms) })
-	some(0.05, func() { p.applyLag = r.Between(300*ms, 2*time.Second) })
+	some(0.2, func() { p.snapEntries = 150 + r.Uint64N(500) }) // what needs a snapshot cannot wait for the next
+	some(0.1, func() { p.sluggish = r.Between(300*ms, 2*time.Second) })
 	return p
 }
 
@@ -99,12 +102,14 @@ type simWorld struct {
 	founded []clusterURL
 	changes int // membership changes under way
 	healed  bool
+	healAt  time.Duration
 	rate    float64 // of the fastest clock
 
 	leaders map[uint64]uint64    // term → who led
 	entries map[uint64][2]uint64 // index → term, checksum
 	hashes  map[uint64]uint64    // index → state
 	removed map[uint64]uint64    // member → index at which it was out
+	tables  map[uint64]string    // index of a membership change → the table after it
 	history *simHistory
 }
 
@@ -116,7 +121,7 @@ func (w *simWorld) failf(format string, a ...any) { panic(simFailure(fmt.Sprintf
 func newSimWorld(seed uint64, all io.Writer) *simWorld {
 	r := sim.NewRand(seed)
 	w := &simWorld{seed: seed, prof: drawProfile(r.Fork()), net: sim.NewNet(r.Fork()), faults: r.Fork(), trace: sim.NewTrace(200), cover: sim.Cover{},
-		leaders: map[uint64]uint64{}, entries: map[uint64][2]uint64{}, hashes: map[uint64]uint64{}, removed: map[uint64]uint64{}, rate: 1}
+		leaders: map[uint64]uint64{}, entries: map[uint64][2]uint64{}, hashes: map[uint64]uint64{}, removed: map[uint64]uint64{}, tables: map[uint64]string{}, rate: 1}
 	w.trace.All = all
 	w.history = newSimHistory(w, r.Fork())
 	w.net.Drop, w.net.Duplicate, w.net.Reorder, w.net.Max = w.prof.drop, w.prof.duplicate, w.prof.reorder, w.prof.delay
@@ -124,6 +129,7 @@ func newSimWorld(seed uint64, all io.Writer) *simWorld {
 		w.founded = append(w.founded, clusterURL{uint64(i + 1), simURL(uint64(i + 1))})
 	}
 	table := bootstrapMembership("sim", w.founded)
+	w.tables[1] = tableText(table)
 	for _, c := range w.founded {
 		w.addMember(c.ID).disk.bootstrap(c.ID, table, false)
 	}
@@ -245,6 +251,8 @@ func (w *simWorld) live() {
 	w.q.After(100*ms, w.nemesis)
 	w.until(w.prof.faulty)
 	w.heal()
+	w.until(w.q.Now() + healthyFor)
+	w.history.late()
 	w.settle()
 	w.history.check()
 }
@@ -563,6 +571,38 @@ func (w *simWorld) checkEntry(n *simNode, e *raftpb.Entry, applied uint64) {
 	}
 }
 
+func tableText(m *membership) string {
+	b, err := json.Marshal(m)
+	if err != nil {
+		panic(err)
+	}
+	return string(b)
+}
+
+// checkConfs: a membership change has the same outcome everywhere.
+func (w *simWorld) checkConfs(n *simNode, c *commit) {
+	for _, conf := range c.confs {
+		is := tableText(conf.members)
+		if was, ok := w.tables[conf.index]; ok && was != is {
+			w.failf("member %d has the table %s after entry %d, another one %s", n.m.id, is, conf.index, was)
+		}
+		w.tables[conf.index] = is
+	}
+}
+
+// checkTable: a snapshot has the table of its entry, not an older or newer one.
+func (w *simWorld) checkTable(n *simNode, h *snapHeader) {
+	newest := uint64(0)
+	for index := range w.tables { // order: the largest is wanted
+		if index <= h.Index {
+			newest = max(newest, index)
+		}
+	}
+	if is := tableText(h.Members); newest > 0 && is != w.tables[newest] {
+		w.failf("member %d loads snapshot %d with the table %s, after entry %d it was %s", n.m.id, h.Index, is, newest, w.tables[newest])
+	}
+}
+
 // checkHash: members that have applied the same entries hold the same.
 func (w *simWorld) checkHash(n *simNode) {
 	st := n.s.mu.state
@@ -610,9 +650,9 @@ func (w *simWorld) admit(m *simMember, table *membership) {
 
 // heal ends all faults and starts what is down.
 func (w *simWorld) heal() {
-	w.healed = true
+	w.healed, w.healAt = true, w.q.Now()
 	w.net.Heal()
-	w.prof.applyLag = min(w.prof.applyLag, 3*ms)
+	w.prof.applyLag, w.prof.sluggish = min(w.prof.applyLag, 3*ms), 0
 	w.line(0, "heal", 0, 0, 0, "")
 	for _, m := range w.members {
 		w.setFull(m, false)
@@ -629,6 +669,9 @@ func (w *simWorld) restartAfterHeal(m *simMember) {
 		w.q.After(w.faults.Between(0, 100*ms), func() { w.restart(m) })
 	}
 }
+
+// healthyFor is how long the clients go on once all has healed.
+const healthyFor = 5 * time.Second
 
 // settleIn is the virtual time in which a healed cluster has to be whole again.
 const settleIn = 40 * time.Second
