@@ -23,6 +23,7 @@ type Content struct {
 	Torn     bool   // something follows the last frame that is none: a write that a crash cut short, or damage
 
 	segments []segment
+	secret   uint64
 	chain    uint32
 	end      int64 // of the last frame, in the last segment
 }
@@ -74,12 +75,13 @@ func Read(dir string, v Visitor) (Content, error) {
 	}
 	c.segments, heads = segs[from:], heads[from:]
 	h := heads[0]
+	c.secret = h.secret
 	c.Metadata, c.State, c.Frames, c.chain, c.First, c.Last = h.meta, h.state, h.number-1, h.chain, h.first, h.first-1
 	for i, s := range c.segments {
 		if h := heads[i]; h.number != c.Frames+1 || h.chain != c.chain || h.state != c.State {
 			return c, fmt.Errorf("%w: frames are missing between number %d and %s", ErrDamaged, c.Frames, s.path)
 		}
-		if !bytes.Equal(heads[i].meta, c.Metadata) {
+		if heads[i].secret != c.secret || !bytes.Equal(heads[i].meta, c.Metadata) {
 			return c, fmt.Errorf("%w: %s belongs to another log", ErrDamaged, s.path)
 		}
 		if err := c.readSegment(s, v, i == len(c.segments)-1); err != nil {
@@ -113,6 +115,7 @@ type head struct {
 	seq, first, number uint64
 	state              State
 	chain              uint32
+	secret             uint64
 	meta               []byte
 }
 
@@ -150,7 +153,8 @@ func decodeHead(b []byte) (head, error) {
 	if n > maxMetadata || h.number == 0 || h.first == 0 {
 		return h, fmt.Errorf("%w: a head that no log writes", ErrDamaged)
 	}
-	h.meta = slices.Clone(b[64 : 64+n])
+	h.secret = binary.LittleEndian.Uint64(b[64:])
+	h.meta = slices.Clone(b[72 : 72+n])
 	return h, nil
 }
 
@@ -162,7 +166,7 @@ func (c *Content) readSegment(s segment, v Visitor, newest bool) error {
 	at := headSize
 	for {
 		records, sum, ok := frameAt(b, at)
-		if !ok || frameNumber(b, at) != c.Frames+1 || frameChain(b, at) != c.chain {
+		if !ok || c.frameNumber(b, at) != c.Frames+1 || frameChain(b, at) != c.chain {
 			break
 		}
 		if err := visitRecords(records, c.visitor(v)); err != nil {
@@ -176,10 +180,11 @@ func (c *Content) readSegment(s segment, v Visitor, newest bool) error {
 	if !newest {
 		return nil // the next segment says which frame it begins with
 	}
-	if later := laterFrame(b, at, c.Frames+1); later > 0 {
+	if later := c.laterFrame(b, at, c.Frames+1); later > 0 {
 		return fmt.Errorf("%w: frame %d of %s, at byte %d, cannot be read, and a whole one follows at byte %d", ErrDamaged, c.Frames+1, s.path, at, later)
 	}
-	c.Torn = looksTorn(b[min(at, len(b)):], c.Frames+1)
+	// Somebody began to write a frame here.
+	c.Torn = at+frameHead <= len(b) && c.frameNumber(b, at) == c.Frames+1
 	return nil
 }
 
@@ -218,15 +223,18 @@ func frameAt(b []byte, at int) (records []byte, sum uint32, ok bool) {
 	return h[frameHead:], sum, sum == binary.LittleEndian.Uint32(h[4:])
 }
 
-func frameNumber(b []byte, at int) uint64 { return binary.LittleEndian.Uint64(b[at+8:]) }
-func frameChain(b []byte, at int) uint32  { return binary.LittleEndian.Uint32(b[at+16:]) }
+func (c *Content) frameNumber(b []byte, at int) uint64 {
+	return binary.LittleEndian.Uint64(b[at+8:]) ^ c.secret
+}
+
+func frameChain(b []byte, at int) uint32 { return binary.LittleEndian.Uint32(b[at+16:]) }
 
 // laterFrame finds a whole frame behind at that is not of a former life, where the frame
 // with the given number cannot be read; 0: none.
-func laterFrame(b []byte, at int, number uint64) int {
+func (c *Content) laterFrame(b []byte, at int, number uint64) int {
 	most := number + uint64(len(b)/frameHead)
 	for p := at; p+frameHead <= len(b); p += 8 {
-		if n := frameNumber(b, p); n < number || n > most || n == number && p == at {
+		if n := c.frameNumber(b, p); n < number || n > most || n == number && p == at {
 			continue
 		}
 		if _, _, ok := frameAt(b, p); ok {
@@ -234,11 +242,6 @@ func laterFrame(b []byte, at int, number uint64) int {
 		}
 	}
 	return 0
-}
-
-// looksTorn says that somebody began to write a frame here.
-func looksTorn(b []byte, number uint64) bool {
-	return len(b) >= frameHead && frameNumber(b, 0) == number
 }
 
 // Records.

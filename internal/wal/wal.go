@@ -21,7 +21,8 @@
 //	32   24  hard state before that frame: term, vote, commit
 //	56    4  checksum of the frame before, 0: none
 //	60    4  size of the metadata
-//	64       metadata, then zeros
+//	64    8  secret
+//	72       metadata, then zeros
 //	4092  4  checksum of all before
 //	4096     frames, each at a multiple of 8 bytes; behind them zeros, or what the file held in a former life
 //
@@ -29,13 +30,16 @@
 //
 //	0     4  size of the records
 //	4     4  checksum of all but itself
-//	8     8  number of the frame, counting up in the log's life
+//	8     8  number of the frame, counting up in the log's life, combined (xor) with the secret
 //	16    4  checksum of the frame before
 //	20    4  the size again, inverted
 //	24       records
 //
 // Numbers are little-endian, checksums CRC-32C. Since numbers of frames never come
-// again, no frame of a file's former life is taken for a new one.
+// again, no frame of a file's former life is taken for a new one. And since the secret
+// is drawn at random for each log, nothing that a client stores is taken for a
+// frame: a value that holds frames, of another log or made on purpose, would else
+// look like damage once it stands behind the end, in a file that is written over.
 package wal
 
 import (
@@ -44,6 +48,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
@@ -55,7 +60,7 @@ const (
 	magic       = "PONTWAL1"
 	headSize    = 4096
 	frameHead   = 24
-	maxMetadata = headSize - 64 - 4
+	maxMetadata = headSize - 72 - 4
 	maxSpares   = 2
 	keepBuffer  = 4 << 20
 )
@@ -83,6 +88,7 @@ type Log struct {
 	dir    string
 	opt    Options
 	meta   []byte
+	secret uint64
 	broken error
 
 	segments []segment // oldest first; the last is f
@@ -114,7 +120,7 @@ func Create(dir string, meta []byte, frames uint64, opt Options) (*Log, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	l := &Log{dir: dir, opt: opt, meta: slices.Clone(meta), next: frames + 1}
+	l := &Log{dir: dir, opt: opt, meta: slices.Clone(meta), secret: rand.Uint64(), next: frames + 1}
 	l.reset()
 	if err := l.cut(0); err != nil {
 		return nil, errors.Join(err, l.Close())
@@ -126,7 +132,7 @@ func Create(dir string, meta []byte, frames uint64, opt Options) (*Log, error) {
 // written over. What Read found is on disk then, even if the process before was
 // killed between a write and its sync.
 func Open(dir string, c Content, opt Options) (*Log, error) {
-	l := &Log{dir: dir, opt: opt, meta: c.Metadata, segments: c.segments, next: c.Frames + 1, chain: c.chain,
+	l := &Log{dir: dir, opt: opt, meta: c.Metadata, secret: c.secret, segments: c.segments, next: c.Frames + 1, chain: c.chain,
 		state: c.State, saved: c.State, last: c.Last, at: c.end}
 	l.reset()
 	err := l.clean()
@@ -242,7 +248,7 @@ func (l *Log) sync() error {
 func (l *Log) seal(records int) uint32 {
 	h := l.frame
 	binary.LittleEndian.PutUint32(h, uint32(records))
-	binary.LittleEndian.PutUint64(h[8:], l.next)
+	binary.LittleEndian.PutUint64(h[8:], l.next^l.secret)
 	binary.LittleEndian.PutUint32(h[16:], l.chain)
 	binary.LittleEndian.PutUint32(h[20:], ^uint32(records))
 	sum := frameSum(h[:frameHead+records])
@@ -353,6 +359,7 @@ func (l *Log) head(s segment) []byte {
 	}
 	b = binary.LittleEndian.AppendUint32(b, l.chain)
 	b = binary.LittleEndian.AppendUint32(b, uint32(len(l.meta)))
+	b = binary.LittleEndian.AppendUint64(b, l.secret)
 	b = append(b, l.meta...)
 	b = b[:headSize-4]
 	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))

@@ -343,6 +343,40 @@ func TestTornWrite(t *testing.T) {
 	}
 }
 
+// A value that holds whole frames of the numbers to come, as a client may store who
+// knows the format, is no frame behind the end of the log. It gets there in a file
+// that is written over.
+func TestForgedFrames(t *testing.T) {
+	var forged []byte
+	for number := uint64(1); len(forged) < 6<<10; number++ {
+		l := &Log{next: number}
+		l.reset()
+		l.Entry(0, 1, number, []byte("forged"))
+		l.frame = append(l.frame, make([]byte, -len(l.frame)&7)...)
+		l.seal(len(l.frame) - frameHead)
+		forged = append(forged, l.frame...)
+	}
+	for shift := range 8 { // a frame begins at a multiple of 8
+		dir := filepath.Join(t.TempDir(), "wal")
+		l, err := Create(dir, nil, 0, small)
+		must(t, err)
+		for len(l.segments) < 3 {
+			l.Entry(0, 1, l.last+1, append(make([]byte, shift), forged...))
+			must(t, l.Sync())
+		}
+		must(t, l.Release(l.last))
+		l.Entry(0, 1, l.last+1, make([]byte, 14<<10)) // fills the newest segment
+		must(t, l.Sync())
+		l.Entry(0, 1, l.last+1, []byte("in the oldest file"))
+		must(t, l.Sync())
+		h, _, err := read(dir)
+		if err != nil || h.frames != l.Frames() {
+			t.Fatalf("shifted by %d: %d of %d frames, %v", shift, h.frames, l.Frames(), err)
+		}
+		must(t, l.Close())
+	}
+}
+
 // A new segment is complete or absent.
 func TestCrashWhileCutting(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "wal")
