@@ -163,31 +163,38 @@ func TestCrashLife(t *testing.T) {
 		l.save(3, 2, i-1, crashEntry(i, 3))
 	}
 	l.snapshot(3)
-	// A leader sends a snapshot that is ahead of this log.
+	// A later leader may even have an older entry in the place of a newer one.
+	l.save(5, 2, 44, crashEntry(46, 5), crashEntry(47, 5))
+	l.save(7, 3, 44)
+	l.promise(func(p *promise) { maps.DeleteFunc(p.Entries, func(i, _ uint64) bool { return i > 45 }) })
+	l.save(7, 3, 44, crashEntry(46, 4))
+	l.save(7, 3, 44, crashEntry(47, 7))
+	// A leader sends a snapshot that is ahead of this log, and of an older term than
+	// its end.
 	ahead := l.state.Clone()
 	for i := ahead.Applied() + 1; i <= 60; i++ {
-		applyTo(t, ahead, crashEntry(i, 4))
+		applyTo(t, ahead, crashEntry(i, 6))
 	}
-	h := snapHeader{Index: 60, Term: 4, Members: soleFounder()}
+	h := snapHeader{Index: 60, Term: 6, Members: soleFounder()}
 	l.promise(func(p *promise) {
 		p.Hash[60] = ahead.Hash()
-		delete(p.Entries, 45) // it never was committed
+		maps.DeleteFunc(p.Entries, func(i, _ uint64) bool { return i > 44 }) // never committed
 	})
 	head, err := json.Marshal(h)
 	l.must(err)
 	var file bytes.Buffer
 	l.must(kv.WriteSnapshot(&file, head, ahead), second(snap.New(quietLog, l.d.snapDir()).SaveDBFrom(bytes.NewReader(file.Bytes()), 60)))
-	l.must(l.d.install(h.raftSnapshot().Metadata, &raftpb.HardState{Term: new(uint64(4)), Vote: new(uint64(0)), Commit: new(uint64(60))}, nil))
+	l.must(l.d.install(h.raftSnapshot().Metadata, &raftpb.HardState{Term: new(uint64(8)), Vote: new(uint64(0)), Commit: new(uint64(60))}, nil))
 	l.state = ahead.Clone()
-	l.promise(func(p *promise) { p.Term, p.Vote, p.Commit = 4, 0, 60 })
+	l.promise(func(p *promise) { p.Term, p.Vote, p.Commit = 8, 0, 60 })
 	for i := uint64(61); i <= 80; i++ {
-		l.save(4, 3, i-1, crashEntry(i, 4))
+		l.save(8, 3, i-1, crashEntry(i, 8))
 		if i%9 == 0 {
-			l.snapshot(4)
+			l.snapshot(8)
 		}
 	}
 	// It stands aside, twice, and ends it.
-	for _, number := range []uint64{4, 5} {
+	for _, number := range []uint64{8, 9} {
 		l.promise(func(p *promise) { p.MayAsd = number })
 		l.must(l.d.standAside())
 		l.promise(func(p *promise) {
@@ -197,14 +204,14 @@ func TestCrashLife(t *testing.T) {
 		l.open(false)
 	}
 	l.must(second(snap.New(quietLog, l.d.snapDir()).SaveDBFrom(&file, 60)))
-	l.must(l.d.install(h.raftSnapshot().Metadata, &raftpb.HardState{Term: new(uint64(9)), Vote: new(uint64(0)), Commit: new(uint64(60))}, nil))
+	l.must(l.d.install(h.raftSnapshot().Metadata, &raftpb.HardState{Term: new(uint64(12)), Vote: new(uint64(0)), Commit: new(uint64(60))}, nil))
 	l.state = ahead
-	l.promise(func(p *promise) { p.Term, p.Commit = 9, 60 })
-	l.save(9, 0, 60, crashEntry(61, 9))
-	l.promise(func(p *promise) { p.Aside, p.MayAsd = 0, 5 })
+	l.promise(func(p *promise) { p.Term, p.Commit = 12, 60 })
+	l.save(12, 0, 60, crashEntry(61, 12))
+	l.promise(func(p *promise) { p.Aside, p.MayAsd = 0, 9 })
 	l.must(l.d.endAside())
 	l.promise(func(p *promise) { p.MayAsd = 0 })
-	l.save(9, 0, 61, crashEntry(62, 9))
+	l.save(12, 0, 61, crashEntry(62, 12))
 	l.promise(func(p *promise) { p.Removed = "may" })
 	l.must(l.d.markRemoved("member 1 was removed"))
 	l.promise(func(p *promise) { p.Removed = "is" })
@@ -229,8 +236,6 @@ type diskOp struct {
 	file     *inode
 	other    *inode // of a rename between directories, the other one: both take it or neither
 }
-
-func (c diskOp) name() bool { return c.from != "" || c.to != "" }
 
 func (c diskOp) apply(dir bool, data []byte, names map[string]*inode) []byte {
 	switch {

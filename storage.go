@@ -500,7 +500,8 @@ func (d *diskStore) install(m *raftpb.SnapshotMetadata, hs *raftpb.HardState, en
 	}
 	d.wal.Snapshot(m.GetIndex(), m.GetTerm())
 	d.addToLog(hs, ents)
-	if err := errors.Join(d.wal.Sync(), d.wal.Close()); err != nil {
+	// The new log has its name on disk before the old one loses its own.
+	if err := errors.Join(d.wal.Sync(), d.wal.Close(), syncDir(d.dir)); err != nil {
 		return err
 	}
 	if err := errors.Join(os.Rename(d.walDir(), old), os.Rename(fresh, d.walDir()), syncDir(d.dir)); err != nil {
