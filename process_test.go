@@ -793,9 +793,14 @@ func TestProcessBadStarts(t *testing.T) {
 	})
 }
 
-// logFrame is where one record of a log segment stands: 8 bytes of length
-// (low 56 bits; in the top byte 0x80 and the padding), the record, the padding.
+// logFrame is where one frame of a log segment stands (see internal/wal): its head,
+// its records, the padding.
 type logFrame struct{ at, data, size, end int64 }
+
+const (
+	logFrames0 = 4096 // where the first frame begins
+	logSecret  = 64   // where a segment has what numbers are combined with
+)
 
 // logFrames walks the newest segment up to where nothing was written yet.
 func logFrames(t *testing.T, dataDir string) (path string, frames []logFrame) {
@@ -810,16 +815,12 @@ func logFrames(t *testing.T, dataDir string) (path string, frames []logFrame) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for at := int64(0); at+8 <= int64(len(b)); {
-		l := binary.LittleEndian.Uint64(b[at:])
-		if l == 0 {
+	for at := int64(logFrames0); at+24 <= int64(len(b)); {
+		size := binary.LittleEndian.Uint32(b[at:])
+		if size == 0 || ^size != binary.LittleEndian.Uint32(b[at+20:]) {
 			break
 		}
-		size, pad := int64(l&(1<<56-1)), int64(0)
-		if l>>63 != 0 {
-			pad = int64(l >> 56 & 7)
-		}
-		f := logFrame{at, at + 8, size, at + 8 + size + pad}
+		f := logFrame{at, at + 24, int64(size), (at + 24 + int64(size) + 7) &^ 7}
 		if f.end > int64(len(b)) {
 			t.Fatalf("%s: the frame at %d reaches past the end of the file", path, at)
 		}
@@ -827,7 +828,7 @@ func logFrames(t *testing.T, dataDir string) (path string, frames []logFrame) {
 		at = f.end
 	}
 	if len(frames) < 3 {
-		t.Fatalf("%s: only %d records", path, len(frames))
+		t.Fatalf("%s: only %d frames", path, len(frames))
 	}
 	return path, frames
 }
@@ -852,13 +853,23 @@ func flipBit(t *testing.T, path string, at int64) {
 func tear(t *testing.T, dataDir string, lost func(sector int) bool) {
 	t.Helper()
 	path, frames := logFrames(t, dataDir)
-	end := frames[len(frames)-1].end
+	segment, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	last, word := frames[len(frames)-1], binary.LittleEndian.Uint64
+	end, secret := last.end, word(segment[logSecret:])
 	const size = 4000
-	record := append([]byte{8, 2, 16, 77, 26, 0x99, 0x1f}, bytes.Repeat([]byte("lost"), 1000)...)[:size] // an entry, its checksum, its bytes
-	frame := append(binary.LittleEndian.AppendUint64(nil, size), record...)
+	frame := binary.LittleEndian.AppendUint32(nil, size)
+	frame = append(frame, segment[last.at+4:last.at+8]...) // a checksum, of something else
+	frame = binary.LittleEndian.AppendUint64(frame, (word(segment[last.at+8:])^secret+1)^secret)
+	frame = append(frame, segment[last.at+4:last.at+8]...)
+	inverted := uint32(size)
+	frame = binary.LittleEndian.AppendUint32(frame, ^inverted)
+	frame = append(frame, bytes.Repeat([]byte("lost"), size/4)...)
 	for i := range frame {
 		at := end + int64(i)
-		if sector := at/512 - (end+8)/512; i >= 8 && lost(int(sector)) {
+		if sector := at/512 - end/512; i >= 24 && lost(int(sector)) {
 			frame[i] = 0
 		}
 	}
