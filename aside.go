@@ -337,7 +337,7 @@ func (s *asideState) drops(m *raftpb.Message, tick uint64) bool {
 		if s.heard == 0 {
 			s.heard = max(tick, 1)
 		}
-		return tick-s.heard < asidePatience
+		return tick < s.heard+asidePatience
 	}
 	return false
 }

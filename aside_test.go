@@ -344,6 +344,14 @@ func TestYieldTo(t *testing.T) {
 		if now := c.leader().node.soft.Load(); now.lead != l.id || now.term != before {
 			t.Fatalf("it handed over in term %d because of term %d", before, before-1)
 		}
+		c.wait("both followers to be as far", func() (even bool) {
+			if err := l.node.do(c.ctx(), func() { // or it might choose the other one for that
+				even = l.node.successor(raft.None) == f.id
+			}); err != nil {
+				t.Fatal(err)
+			}
+			return even
+		})
 		if err := l.node.do(c.ctx(), func() { l.node.yieldTo(asideRequest{f.id, term}) }); err != nil {
 			t.Fatal(err)
 		}
@@ -409,7 +417,15 @@ func TestAsideRules(t *testing.T) {
 		t.Errorf("it campaigns: %v, %v in term %d", m, b.now.state, b.now.term)
 	}
 
-	// An old leader is left alone for a while, and then told of the newer term.
+	// An old leader is left alone for a while, also before the first tick, and then
+	// told of the newer term.
+	start := &asideState{}
+	start.init(&aside{5, nil})
+	for tick := range uint64(asidePatience) {
+		if !start.drops(message(raftpb.MsgHeartbeat, 2, 5), tick) {
+			t.Errorf("an old leader is answered at tick %d", tick)
+		}
+	}
 	last := b.stable
 	for _, m := range []*raftpb.Message{appends(2, 5, last, 1, entry(last+1, 5)), message(raftpb.MsgHeartbeat, 2, 4)} {
 		b.aside.heard = 0
