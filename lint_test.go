@@ -55,6 +55,7 @@ var lintEdges = []struct {
 	{".", "github.com/prometheus/client_golang", false, "/metrics, where rafthttp and wal register theirs"},
 	{".", "github.com/coreos/go-semver", false, "checks a peer's version header as rafthttp will, which panics on a bad one"},
 	{".", "pontoon/client", true, "tests talk to a node as its users do"},
+	{".", "golang.org/x/sys/unix", true, "tests give processes networks and mounts of their own"},
 	{".", "github.com/anishathalye/porcupine", true, "checks histories for linearizability"},
 	{".", "pgregory.net/rapid", true, "random histories that shrink"},
 	{".", "github.com/santhosh-tekuri/jsonschema/v6", true, "holds real answers against api/openapi.json"},

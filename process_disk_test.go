@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -94,9 +95,14 @@ func (f *tracer) injected() (lines []string) {
 // segment is the log file that a member writes to.
 func (s *site) segment(id int) string {
 	s.t.Helper()
-	names, err := filepath.Glob(filepath.Join(s.data(id), "wal", "*.wal"))
+	return segmentIn(s.t, s.data(id))
+}
+
+func segmentIn(t *testing.T, dataDir string) string {
+	t.Helper()
+	names, err := filepath.Glob(filepath.Join(dataDir, "wal", "*.wal"))
 	if err != nil || len(names) == 0 {
-		s.t.Fatalf("no log in %s: %v", s.data(id), err)
+		t.Fatalf("no log in %s: %v", dataDir, err)
 	}
 	return slices.Max(names)
 }
@@ -284,8 +290,10 @@ type smallDisks struct {
 
 func newSmallDisks(t *testing.T) *smallDisks {
 	t.Helper()
-	if _, err := exec.LookPath("mkfs.ext4"); err != nil {
-		t.Skip("needs mkfs.ext4, for a disk that is soon full: it is not installed")
+	for _, program := range []string{"mkfs.ext4", "filefrag", "findmnt", "mount"} {
+		if _, err := exec.LookPath(program); err != nil {
+			t.Skipf("needs %s, to make a small disk: it is not installed", program)
+		}
 	}
 	d := &smallDisks{t: t, calls: make(chan func())}
 	ready := make(chan error)
@@ -317,7 +325,7 @@ func (d *smallDisks) do(f func()) {
 	<-done
 }
 
-func (d *smallDisks) run(name string, args ...string) {
+func (d *smallDisks) run(name string, args ...string) string {
 	d.t.Helper()
 	var out []byte
 	var err error
@@ -327,18 +335,53 @@ func (d *smallDisks) run(name string, args ...string) {
 	} else if err != nil {
 		d.t.Fatalf("%s %v: %v: %s", name, args, err, out)
 	}
+	return string(out)
 }
 
-// mount makes a disk of size bytes at dir. Its image is in backing.
-func (d *smallDisks) mount(dir, backing string, size int64) {
+// mount makes a disk of size bytes at dir out of a file.
+func (d *smallDisks) mount(dir, image string, size int64) {
 	d.t.Helper()
-	image := filepath.Join(backing, filepath.Base(dir)+".ext4")
-	if err := errors.Join(os.MkdirAll(dir, 0o700), os.MkdirAll(backing, 0o700)); err != nil {
+	if err := errors.Join(os.MkdirAll(dir, 0o700), os.MkdirAll(filepath.Dir(image), 0o700)); err != nil {
 		d.t.Fatal(err)
 	}
 	d.run("truncate", "-s", strconv.FormatInt(size, 10), image)
-	d.run("mkfs.ext4", "-q", "-m", "0", "-J", "size=4", "-E", "lazy_itable_init=0,lazy_journal_init=0", image)
+	d.run("mkfs.ext4", "-q", "-m", "0", "-J", "size=4,location=4M", "-E", "lazy_itable_init=0,lazy_journal_init=0", image)
 	d.run("mount", "-o", "loop", image, dir)
+}
+
+// shrink lets everything on the device of dir fail that is at or beyond a byte; 0
+// ends that. What was written there stays.
+func (d *smallDisks) shrink(dir string, from uint64) {
+	d.t.Helper()
+	device, err := os.OpenFile(strings.TrimSpace(d.run("findmnt", "-n", "-o", "SOURCE", dir)), os.O_RDWR, 0)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	defer device.Close()
+	waitFor(d.t, "the device to change", func() bool {
+		info, err := unix.IoctlLoopGetStatus64(int(device.Fd()))
+		if err == nil {
+			info.Sizelimit = from
+			err = unix.IoctlLoopSetStatus64(int(device.Fd()), info)
+		}
+		if err != nil && !errors.Is(err, unix.EAGAIN) {
+			d.t.Fatal(err)
+		}
+		return err == nil
+	})
+}
+
+// place is where on its device a file begins.
+func (d *smallDisks) place(file string) uint64 {
+	d.t.Helper()
+	says := d.run("filefrag", "-v", file)
+	m := regexp.MustCompile(`(?s)of (\d+) bytes.*? 0: +0\.\. *\d+: +(\d+)\.\.`).FindStringSubmatch(says)
+	if m == nil {
+		d.t.Fatalf("filefrag says %s", says)
+	}
+	size, _ := strconv.ParseUint(m[1], 10, 64)
+	block, _ := strconv.ParseUint(m[2], 10, 64)
+	return size * block
 }
 
 // fullSite is a site of members on small disks.
@@ -354,9 +397,13 @@ func newFullSite(t *testing.T, n int, flags ...string) *fullSite {
 	t.Helper()
 	s := &fullSite{newSite(t, n, 0, flags...), newSmallDisks(t)}
 	for id := 1; id <= n; id++ {
-		s.disks.mount(s.data(id), filepath.Join(s.dir, "images"), smallDisk)
+		s.disks.mount(s.data(id), s.image(id), smallDisk)
 	}
 	return s
+}
+
+func (s *fullSite) image(id int) string {
+	return filepath.Join(s.dir, "images", filepath.Base(s.data(id))+".ext4")
 }
 
 func (s *fullSite) spawn(id int) *process {
@@ -384,29 +431,30 @@ func (s *fullSite) path(id int, name string) string {
 // fill leaves a member so many bytes, give or take a block.
 func (s *fullSite) fill(id int, left int64) {
 	s.t.Helper()
+	fillDisk(s.t, s.path(id, ""), left)
+}
+
+func fillDisk(t *testing.T, dir string, left int64) {
+	t.Helper()
 	var st syscall.Statfs_t
-	if err := syscall.Statfs(s.path(id, ""), &st); err != nil {
-		s.t.Fatal(err)
+	if err := syscall.Statfs(dir, &st); err != nil {
+		t.Fatal(err)
 	}
-	f, err := os.OpenFile(s.path(id, "filler"), os.O_CREATE|os.O_RDWR, 0o600)
+	f, err := os.OpenFile(filepath.Join(dir, "filler"), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
-		s.t.Fatal(err)
-	}
-	info, err := f.Stat()
-	if err != nil {
-		s.t.Fatal(err)
+		t.Fatal(err)
 	}
 	more := int64(st.Bavail)*st.Bsize - left
-	for step := more; step >= st.Bsize; { // the file system keeps some for itself
-		if err := syscall.Fallocate(int(f.Fd()), 0, 0, info.Size()+step); err == nil {
+	for more >= st.Bsize { // the file system keeps some for itself
+		if err := syscall.Fallocate(int(f.Fd()), 0, 0, more); err == nil {
 			break
 		} else if !errors.Is(err, syscall.ENOSPC) {
-			s.t.Fatal(err)
+			t.Fatal(err)
 		}
-		step -= st.Bsize
+		more -= st.Bsize
 	}
 	if err := f.Close(); err != nil {
-		s.t.Fatal(err)
+		t.Fatal(err)
 	}
 }
 
@@ -440,6 +488,10 @@ func TestProcessDiskFull(t *testing.T) {
 	}
 	leader := s.leader()
 	for _, id := range []int{leader, s.others(leader)[0]} {
+		spare := s.path(id, "snap/spare.tmp") // what was purged is room enough for the next
+		if err := os.Remove(spare); err != nil && !errors.Is(err, os.ErrNotExist) {
+			t.Fatal(err)
+		}
 		s.fill(id, 1<<20) // less than a snapshot
 		t.Logf("member %d refuses writes after %v", id, s.answers(id, http.StatusInsufficientStorage).Round(time.Millisecond))
 		s.nodes[id].get("large-7", large)
@@ -495,4 +547,79 @@ func TestProcessDiskFull(t *testing.T) {
 		s.answers(id, http.StatusNoContent)
 		s.nodes[id].get("large-7", large)
 	}
+}
+
+// A disk that is full to the last byte ends its member when the log needs a new
+// segment, and only then; with room again it starts and has everything.
+func TestProcessDiskEmpty(t *testing.T) {
+	t.Parallel()
+	s := newFullSite(t, 3, "--disk-reserve", "1MiB")
+	s.start(1, 2, 3)
+	victim := s.others(s.leader())[0]
+	rest := s.others(victim)
+	s.nodes[victim].put("before", "hello")
+	s.fill(victim, 0)
+	large := strings.Repeat("x", 1<<20)
+	written := 0
+	for ; s.nodes[victim].running() && written < 80; written++ { // a segment is 64 MiB
+		s.nodes[rest[written%2]].want(http.StatusNoContent, http.MethodPut, fmt.Sprintf("/large-%d", written%8), large)
+	}
+	badStart{3, "no space left"}.check(t, s.nodes[victim])
+	s.nodes[rest[0]].put("after", "hello")
+	s.empty(victim)
+	s.start(victim)
+	s.nodes[victim].get("before", "hello")
+	s.nodes[victim].get("after", "hello")
+	s.nodes[victim].get("large-7", large)
+	s.answers(victim, http.StatusNoContent)
+	t.Logf("member %d ended after %d MiB that its disk had no room for", victim, written)
+}
+
+// A sync that failed leaves pages in memory that the kernel takes for clean and
+// that never reached the disk. A process that starts again would read them as if
+// they had, and a sync would say yes. What it serves must still be there after a
+// power loss, for which the end of the mount stands here.
+func TestProcessLostSync(t *testing.T) {
+	t.Parallel()
+	s := newFullSite(t, 1, "--disk-reserve", "1MiB")
+	s.start(1)
+	n := s.nodes[1]
+	n.put("before", "hello")
+	s.disks.run("sync", "-f", s.data(1)) // so that only the log is still to be written
+	log := s.disks.place(strings.TrimPrefix(segmentIn(t, s.path(1, "")), s.disks.root))
+	s.disks.shrink(s.data(1), log)
+	large := strings.Repeat("x", 1<<20)
+	acked := 0
+	for ; n.running() && acked < 8; acked++ {
+		a, err := n.try(http.MethodPut, fmt.Sprintf("/large-%d", acked), large)
+		if err != nil || a.status != http.StatusNoContent {
+			break
+		}
+	}
+	badStart{3, "the disk failed"}.check(t, n)
+	s.disks.shrink(s.data(1), 0)
+
+	read := func() (statuses []int) {
+		for i := range acked + 1 {
+			a, err := s.nodes[1].try(http.MethodGet, fmt.Sprintf("/large-%d", i), "")
+			if err != nil || i < acked && a.body != large {
+				t.Errorf("write %d of %d that were acknowledged reads %d, %v", i, acked, a.status, err)
+			}
+			statuses = append(statuses, a.status)
+		}
+		return statuses
+	}
+	s.start(1)
+	first := read()
+	s.nodes[1].put("after", "hello")
+	s.nodes[1].crash()
+	s.disks.run("umount", s.data(1))
+	s.disks.run("mount", "-o", "loop", s.image(1), s.data(1))
+	s.start(1)
+	if second := read(); !slices.Equal(first, second) {
+		t.Errorf("what was read before the power loss with %v is read with %v", first, second)
+	}
+	s.nodes[1].get("before", "hello")
+	s.nodes[1].get("after", "hello")
+	t.Logf("%d writes were acknowledged, the one whose sync failed is read with %d", acked, first[acked])
 }

@@ -54,6 +54,9 @@ func (d *diskStore) load() (*recovered, error) {
 	if err := d.openMark(); err != nil {
 		return nil, err
 	}
+	if err := wal.Settle(d.walDir()); err != nil && !errors.Is(err, wal.ErrDamaged) { // Read has more to say about that
+		return nil, fmt.Errorf("%w: sync log: %w", errDurability, err)
+	}
 	type mark struct{ index, term uint64 }
 	var marks []mark
 	c, err := wal.Read(d.walDir(), wal.Visitor{Snapshot: func(index, term uint64) error {

@@ -16,6 +16,9 @@ func datasync(f *os.File) error {
 	}
 }
 
+// forget drops the file's clean pages from memory.
+func forget(f *os.File) error { return unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED) }
+
 // allocate makes the file size bytes long, with its blocks, where the file system
 // can: a full disk then shows at a new segment and not at a write.
 func allocate(f *os.File, size int64) error {

@@ -41,6 +41,24 @@ func Exists(dir string) bool {
 	return err == nil && len(names) > 0
 }
 
+// Settle is called before Read by whoever is going to Open the log: what Read then
+// finds is on disk, whatever ended the process before. A write that it did not sync
+// is synced. A write whose sync failed is forgotten: the kernel shows it to every
+// reader and takes it for clean, so that another sync would succeed and write nothing,
+// and on some file systems so would the same write once more. Only the newest segment
+// can hold either.
+func Settle(dir string) error {
+	segs, err := list(dir)
+	if err != nil {
+		return err
+	}
+	f, err := os.OpenFile(segs[len(segs)-1].path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	return errors.Join(datasync(f), forget(f), f.Close())
+}
+
 // Read reads a log without changing it. An error that is ErrDamaged says where the
 // damage is.
 func Read(dir string, v Visitor) (Content, error) {

@@ -129,8 +129,7 @@ func Create(dir string, meta []byte, frames uint64, opt Options) (*Log, error) {
 }
 
 // Open gets a log ready for appending, as Read found it. What a crash cut short is
-// written over. What Read found is on disk then, even if the process before was
-// killed between a write and its sync.
+// written over.
 func Open(dir string, c Content, opt Options) (*Log, error) {
 	l := &Log{dir: dir, opt: opt, meta: c.Metadata, secret: c.secret, segments: c.segments, next: c.Frames + 1, chain: c.chain,
 		state: c.State, saved: c.State, last: c.Last, at: c.end}
