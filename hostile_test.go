@@ -19,6 +19,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -315,8 +316,8 @@ func TestHostileSnapshots(t *testing.T) {
 	}
 	endless := &counted{Reader: zeros{}}
 	refuse("without end", 400, io.MultiReader(bytes.NewReader(envelope(at)), endless))
-	if endless.n > 64<<20 {
-		t.Errorf("%d bytes were read of what is no snapshot", endless.n)
+	if n := endless.n.Load(); n > 64<<20 {
+		t.Errorf("%d bytes were read of what is no snapshot", n)
 	}
 	refuse("behind no snapshot message", 400, io.MultiReader(bytes.NewReader(sized(marshal(t, message(raftpb.MsgApp, 2, term)))), bytes.NewReader(good)))
 	refuse("by name only", 400, bytes.NewReader(envelope(at)[8:]))
@@ -379,12 +380,12 @@ func TestHostileSnapshots(t *testing.T) {
 
 type counted struct {
 	io.Reader
-	n int
+	n atomic.Int64 // the HTTP client may read on when the answer is there
 }
 
 func (c *counted) Read(p []byte) (int, error) {
 	n, err := c.Reader.Read(p)
-	c.n += n
+	c.n.Add(int64(n))
 	return n, err
 }
 
@@ -667,7 +668,8 @@ func TestAnswersWithoutEnd(t *testing.T) {
 // A peer that falls silent without a word, as a machine that lost its power does,
 // is asked again, and does not wait until TCP gives up.
 func TestSilentPeerIsAskedAgain(t *testing.T) {
-	defer func(d time.Duration) { rafthttp.ConnReadTimeout = d }(rafthttp.ConnReadTimeout)
+	before := rafthttp.ConnReadTimeout
+	t.Cleanup(func() { rafthttp.ConnReadTimeout = before }) // after dialer's own clean-up
 	rafthttp.ConnReadTimeout = 100 * time.Millisecond
 	asked := make(chan string, 64)
 	quit := make(chan struct{})
