@@ -83,7 +83,7 @@ func (m *mutant) run(t *testing.T, source []byte) (killer string, err error) {
 	pkg := "./" + filepath.Dir(m.file)
 	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, "go", "test", "-count=1", "-timeout=3m", "-overlay", filepath.Join(dir, "overlay.json"), "-run", m.test, pkg).CombinedOutput()
+	out, err := exec.CommandContext(ctx, "go", "test", "-count=1", "-timeout=3m", "-overlay", filepath.Join(dir, "overlay.json"), "-run", m.test, pkg, "-rapid.nofailfile").CombinedOutput()
 	switch failed := regexp.MustCompile(`(?m)^--- FAIL: (\S+)|^(panic: .*)`).FindSubmatch(out); {
 	case err == nil && bytes.Contains(out, []byte("no tests to run")):
 		return "", fmt.Errorf("no test matches %s", m.test)
