@@ -393,13 +393,18 @@ func (n *raftNode) serveAside(w http.ResponseWriter, r *http.Request) {
 // yieldTo hands leadership over where that helps the member that asks. If nobody
 // can take it, the member's newer term will end this leadership.
 func (n *raftNode) yieldTo(req asideRequest) {
-	if n.now.state != raft.StateLeader || n.now.term > req.Term || req.Member == n.id {
-		return
-	}
-	if to := n.successor(req.Member); to != raft.None {
+	if to := n.heir(req); to != raft.None {
 		n.log.Info("handing over leadership, so that a member that lost its log can follow", zap.Uint64("member", req.Member), zap.Uint64("to", to))
 		n.raw.TransferLeader(to)
 	}
+}
+
+// heir is who leads after that, None: this member goes on.
+func (n *raftNode) heir(req asideRequest) uint64 {
+	if n.now.term > req.Term || req.Member == n.id {
+		return raft.None
+	}
+	return n.successor(req.Member)
 }
 
 // askToYield runs while this member stands aside: it tells the others, who answer
