@@ -77,12 +77,12 @@ const (
 	markPatience = 10 * markTicks // for a mark that was proposed and has not come
 )
 
-// What is scrubbed at once. It holds up the apply loop for some 0.1 ms, and walks a
-// million keys in two minutes.
+// What is scrubbed at once: little, as it holds up the apply loop. It walks a million
+// keys in three and a half minutes.
 const (
 	scrubEvery   = 100 * time.Millisecond
-	scrubEntries = 1024
-	scrubBytes   = 256 << 10
+	scrubEntries = 512
+	scrubBytes   = 128 << 10
 )
 
 // markDigest is a mark and the digest of this member there. whole is whether it can

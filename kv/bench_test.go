@@ -431,3 +431,24 @@ func BenchmarkClone(b *testing.B) {
 		s.Clone()
 	}
 }
+
+// BenchmarkScrub is one step as a node makes it, ten times a second.
+func BenchmarkScrub(b *testing.B) {
+	s := benchState(1_000_000)
+	for b.Loop() {
+		if err := s.Scrub(512, 128<<10); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// BenchmarkMark is what each member does twice a second while the state changes.
+func BenchmarkMark(b *testing.B) {
+	s := benchState(1000)
+	for i := range 7 {
+		s.admit(uint64(i+1), 1, 1)
+	}
+	for b.Loop() {
+		s.Mark(1)
+	}
+}
