@@ -9,7 +9,7 @@ DURATION ?= 10m
 SEED     ?= 0
 SIM      ?= -sim.duration=1h -sim.seed=1000000
 
-.PHONY: help test race lint fuzz stress sweep chaos bench ci clean sim overload
+.PHONY: help test race lint fuzz stress sweep chaos bench ci clean sim overload mutants
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' Makefile
@@ -23,6 +23,9 @@ race: ## run all tests under the race detector
 lint: ## gofmt, vet, staticcheck, tidy modules, and the rules of lint_test.go
 	./.ci/run format modules vet staticcheck
 	go test -run TestLint .
+
+mutants: ## break the program in each of the ways of mutantlist_test.go, and see which test notices: 15 minutes
+	go test -v -timeout 0 -run '^TestMutants$$' . -mutants -mutant '$(MUTANT)'
 
 fuzz: ## run every fuzz target for FUZZTIME (30s), in PKG (./...)
 	@set -e; for pkg in $$(go list $(PKG)); do \
