@@ -41,7 +41,7 @@ stress: ## run the tests RUN (a pattern) COUNT (50) times under the race detecto
 	go test -race -count=$(COUNT) -run '$(RUN)' $(PKG)
 
 chaos: ## break the network and the processes of a cluster for DURATION (10m), as root; SEED repeats a run
-	go test -v -timeout 0 -run '^TestProcessChaos$$' -chaos.duration $(DURATION) -chaos.seed $(SEED) .
+	go test -v -timeout 0 -run '^TestProcess(Chaos|DiskEmpty)$$' -chaos.duration $(DURATION) -chaos.seed $(SEED) .
 
 sweep: ## damage every bit of a member's files, and start from what a power loss leaves after each system call
 	go test -v -timeout 60m -run '^(TestDamageIsNoticed|TestCrashImages)$$' . -sweep.all -crash.all
