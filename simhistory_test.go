@@ -449,6 +449,8 @@ type simLease struct {
 	from  time.Duration // somebody applied it then, or later: it lives for ttl from here at least
 	rev   int64         // of the put
 	known bool          // the put was answered
+	kept  time.Duration // when it was last told that it is kept alive
+	blur  bool          // it was asked to be kept alive, and what came of that is not known
 	gone  bool
 }
 
@@ -497,11 +499,13 @@ func (h *simHistory) keepAlive(l *simLease, id int64, client, times int) {
 	}
 	h.w.q.After(h.rand.Between(0, l.ttl), func() {
 		op := h.write(client, "keep alive", "", &kv.Command{Op: kv.OpKeepAlive, Lease: id})
+		blur := l.blur // an attempt of unknown outcome may come at any time
+		l.blur = true
 		h.onAny(op, time.Second, func(err error) {
 			switch {
 			case err != nil:
 			case op.res.Refused == kv.NotRefused:
-				l.from = max(l.from, op.call)
+				l.from, l.kept, l.blur = max(l.from, op.call), op.ret, blur
 				h.w.cover.Hit("lease/kept alive")
 			case h.tooEarly(l):
 				h.w.failf("lease %d of %v is gone %v after it was last kept alive", id, l.ttl, h.w.q.Now()-l.from)
@@ -532,8 +536,8 @@ func (h *simHistory) tooEarly(l *simLease) bool {
 // second, by the slowest clock. Half of healthyFor is for it to find a leader.
 func (h *simHistory) late() {
 	for _, l := range h.leases {
-		due := max(l.from, h.w.healAt+healthyFor/2) + time.Duration(float64(l.ttl)/(1-h.w.prof.rates)) + time.Second
-		if !l.gone && h.w.q.Now() > due && l.from+l.ttl < h.w.q.Now() {
+		due := max(l.from, l.kept, h.w.healAt+healthyFor/2) + time.Duration(float64(l.ttl)/(1-h.w.prof.rates)) + time.Second
+		if !l.gone && !l.blur && h.w.q.Now() > due {
 			h.w.failf("%s of %v, applied at %v, is still there", l.key, l.ttl, l.from)
 		}
 	}
@@ -612,7 +616,12 @@ func (x *simWatcher) begin() {
 			h.w.cover.Hit("watch/resumed")
 		}
 		x.node, x.w = n, w
-		n.wait(x.take, func() { x.w = nil; again() })
+		n.wait(func() bool { return x.w != w || x.take() }, func() {
+			if x.w == w { // else the watch has gone on elsewhere
+				x.w = nil
+				again()
+			}
+		})
 		if h.rand.Chance(0.5) {
 			h.later(n, h.rand.Between(0, 4*time.Second), func() {
 				if x.w == w && !h.stopped {
