@@ -148,6 +148,15 @@ func (c *clients) stop() {
 	c.wg.Wait()
 }
 
+func (c *clients) stopped() bool {
+	select {
+	case <-c.stopC:
+		return true
+	default:
+		return false
+	}
+}
+
 func (c *clients) run(id int) {
 	r := rand.New(rand.NewPCG(c.seed, uint64(id)))
 	pace := time.NewTicker(historyPause)
@@ -200,7 +209,7 @@ func (c *clients) call(r *rand.Rand, id int, op cellOp, once bool, headers []str
 				c.repeat(r, op, headers, out)
 			}
 			return
-		case once && try < 200:
+		case once && try < 200 && !c.stopped():
 			c.mu.Lock()
 			c.mu.retried++
 			c.mu.Unlock()
