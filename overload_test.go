@@ -289,12 +289,16 @@ func (a *attackers) pour(c net.Conn, head, piece string, most int) error {
 	var answered atomic.Bool
 	done := make(chan struct{})
 	a.wg.Go(func() { a.answer(c); answered.Store(true); c.Close(); close(done) })
+	wait := a.pace()
+	if *overloadFull {
+		wait *= 4 // 80 MB a second, as attackers and victim share the machine
+	}
 	n, err := io.WriteString(c, head)
 	for n < most && err == nil && a.ctx.Err() == nil && !answered.Load() {
 		var k int
 		k, err = io.WriteString(c, piece)
 		n += k
-		a.pause(a.pace())
+		a.pause(wait)
 	}
 	<-done
 	return nil // the answer is what counts
