@@ -243,6 +243,7 @@ func (s *kvstore) applyEntry(e *raftpb.Entry, confs []confResult) error {
 	index := e.GetIndex()
 	if e.GetType() != raftpb.EntryNormal || len(e.GetData()) == 0 {
 		s.mu.Lock()
+		defer s.mu.Unlock()
 		s.mu.state.SetApplied(index)
 		for _, c := range confs {
 			if c.index == index && c.err == nil {
@@ -253,8 +254,6 @@ func (s *kvstore) applyEntry(e *raftpb.Entry, confs []confResult) error {
 				}
 			}
 		}
-		s.mu.Unlock()
-		s.judge() // there may be another majority now
 		return nil
 	}
 	if err := kv.DecodeBatch(e.GetData(), &s.batch); err != nil {

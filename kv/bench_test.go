@@ -436,7 +436,7 @@ func BenchmarkClone(b *testing.B) {
 func BenchmarkScrub(b *testing.B) {
 	s := benchState(1_000_000)
 	for b.Loop() {
-		if err := s.Scrub(512, 128<<10); err != nil {
+		if err := s.Scrub(256, 64<<10); err != nil {
 			b.Fatal(err)
 		}
 	}
