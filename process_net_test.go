@@ -450,12 +450,12 @@ func (x *chaos) triangle() {
 				x.c.grow(10)
 			}
 		})
+		x.together() // a term that it counted up by itself would end the leader's now
 		after, err := x.nodes[leader].status()
 		if err == nil && after.Term == before.Term && int(after.Leader) == leader {
 			return
 		}
 		x.t.Logf("  attempt %d: leader %d of term %d became leader %d of term %d (%v)", attempt+1, leader, before.Term, after.Leader, after.Term, err)
-		x.together()
 	}
 	x.t.Error("one follower that does not hear the leader disturbs all")
 }
