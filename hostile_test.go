@@ -140,6 +140,7 @@ func TestEveryMessageAtTheEdges(t *testing.T) {
 			from = f.id
 		}
 		c.housekept()
+		c.quiet()
 		before := seriesOfPeers(t)
 		n.unhurt(t, func() {
 			for typ := raftpb.MessageType(-1); typ < 30; typ++ {

@@ -484,7 +484,7 @@ func FuzzSmallFiles(f *testing.F) {
 		}
 		first, err := d.nextBoot()
 		if err != nil {
-			if !errors.Is(err, errRefuse) || !strings.Contains(err.Error(), "write one there") {
+			if !errors.Is(err, errRefuse) || !strings.Contains(err.Error(), "write a number there") {
 				t.Fatalf("boots %q: %v", data, err)
 			}
 			return

@@ -386,8 +386,11 @@ func TestSlotsBoundDataCalls(t *testing.T) {
 	addr := serveTest(t, h)
 	for _, call := range []string{"GET /k", "PUT /k", "DELETE /v1/kv/k", "POST /v1/txn", "POST /v1/leases", "GET /v1/leases/1", "PUT /v1/leases/1", "DELETE /v1/leases/1"} {
 		body := ""
-		if call == "POST /v1/leases" {
+		switch call {
+		case "POST /v1/leases":
 			body = `{"ttl":"30s"}`
+		case "POST /v1/txn": // a slot is taken when the body is there and makes sense
+			body = `{"then":[{"get":{"key":"k"}}]}`
 		}
 		runStory(t, addr, []httpStep{{call: call, body: body, status: http.StatusTooManyRequests, code: api.CodeOverloaded, want: []string{"Retry-After: 1"}}})
 	}

@@ -193,7 +193,7 @@ var mutants = []mutant{
 	},
 	{
 		name: "a frame of a file's former life is read", file: "internal/wal/read.go",
-		before: "|| c.frameNumber(b, at) != c.Frames+1 || frameChain(b, at) != c.chain",
+		before: "|| c.frameNumber(h) != c.Frames+1 || frameChain(h) != c.chain",
 		after:  "",
 		test:   "Written",
 	},

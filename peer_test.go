@@ -355,6 +355,7 @@ func TestAnswersToAFormerLeader(t *testing.T) {
 	complaints := 0
 	b.log = zap.New(zapcore.NewCore(zapcore.NewJSONEncoder(zapcore.EncoderConfig{}), zapcore.AddSync(io.Discard), zapcore.ErrorLevel),
 		zap.Hooks(func(zapcore.Entry) error { complaints++; return nil }))
+	b.said = b.log
 	answer := func() {
 		t.Helper()
 		term := b.raw.BasicStatus().GetTerm()

@@ -1,11 +1,13 @@
 package wal
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -176,34 +178,57 @@ func decodeHead(b []byte) (head, error) {
 	return h, nil
 }
 
+// readSegment reads one frame after the other, in the memory that the largest needs.
 func (c *Content) readSegment(s segment, v Visitor, newest bool) error {
-	b, err := os.ReadFile(s.path)
+	f, err := os.Open(s.path)
 	if err != nil {
 		return err
 	}
-	at := headSize
+	defer f.Close()
+	size, err := f.Seek(0, io.SeekEnd)
+	if err != nil {
+		return err
+	}
+	at := int64(headSize)
+	r := bufio.NewReaderSize(io.NewSectionReader(f, at, size), scanWindow)
+	var frame []byte
 	for {
-		records, sum, ok := frameAt(b, at)
-		if !ok || c.frameNumber(b, at) != c.Frames+1 || frameChain(b, at) != c.chain {
+		h, err := r.Peek(frameHead)
+		if err != nil && err != io.EOF {
+			return err
+		}
+		records, ok := frameRecords(h, size-at)
+		if !ok || c.frameNumber(h) != c.Frames+1 || frameChain(h) != c.chain {
 			break
 		}
-		if err := visitRecords(records, c.visitor(v)); err != nil {
+		frame = slices.Grow(frame[:0], frameHead+records)[:frameHead+records]
+		if _, err := io.ReadFull(r, frame); err != nil {
+			return err
+		}
+		sum := frameSum(frame)
+		if sum != binary.LittleEndian.Uint32(frame[4:]) {
+			break
+		}
+		if err := visitRecords(frame[frameHead:], c.visitor(v)); err != nil {
 			return fmt.Errorf("%s, frame %d: %w", s.path, c.Frames+1, err)
 		}
 		c.Frames++
 		c.chain = sum
-		at += (frameHead + len(records) + 7) &^ 7
+		padding := -len(frame) & 7
+		at += int64(len(frame) + padding)
+		if _, err := r.Discard(padding); err != nil && err != io.EOF {
+			return err
+		}
 	}
-	c.end = int64(at)
+	c.end = at
 	if !newest {
 		return nil // the next segment says which frame it begins with
 	}
-	if later := c.laterFrame(b, at, c.Frames+1); later > 0 {
-		return fmt.Errorf("%w: frame %d of %s, at byte %d, cannot be read, and a whole one follows at byte %d", ErrDamaged, c.Frames+1, s.path, at, later)
+	later, err := c.laterFrame(f, at, size)
+	if err == nil && later > 0 {
+		err = fmt.Errorf("%w: frame %d of %s, at byte %d, cannot be read, and a whole one follows at byte %d", ErrDamaged, c.Frames+1, s.path, at, later)
 	}
-	// Somebody began to write a frame here.
-	c.Torn = at+frameHead <= len(b) && c.frameNumber(b, at) == c.Frames+1
-	return nil
+	return err
 }
 
 func (c *Content) visitor(v Visitor) recordVisitor {
@@ -226,40 +251,56 @@ func (c *Content) visitor(v Visitor) recordVisitor {
 	}
 }
 
-// frameAt returns the records of the frame at b[at:] and its checksum.
-func frameAt(b []byte, at int) (records []byte, sum uint32, ok bool) {
-	if at+frameHead > len(b) {
-		return nil, 0, false
+// scanWindow is how much of a segment is looked at at once.
+const scanWindow = 1 << 20
+
+// frameRecords is the size of the records behind the head h, of which room bytes are
+// left in the file.
+func frameRecords(h []byte, room int64) (size int, ok bool) {
+	if len(h) < frameHead {
+		return 0, false
 	}
-	h := b[at:]
-	size := binary.LittleEndian.Uint32(h)
-	if size == 0 || ^size != binary.LittleEndian.Uint32(h[20:]) || int64(size) > int64(len(h)-frameHead) {
-		return nil, 0, false
-	}
-	h = h[:frameHead+int(size)]
-	sum = frameSum(h)
-	return h[frameHead:], sum, sum == binary.LittleEndian.Uint32(h[4:])
+	n := binary.LittleEndian.Uint32(h)
+	return int(n), n > 0 && ^n == binary.LittleEndian.Uint32(h[20:]) && int64(n) <= room-frameHead
 }
 
-func (c *Content) frameNumber(b []byte, at int) uint64 {
-	return binary.LittleEndian.Uint64(b[at+8:]) ^ c.secret
-}
+func (c *Content) frameNumber(h []byte) uint64 { return binary.LittleEndian.Uint64(h[8:]) ^ c.secret }
+func frameChain(h []byte) uint32               { return binary.LittleEndian.Uint32(h[16:]) }
 
-func frameChain(b []byte, at int) uint32 { return binary.LittleEndian.Uint32(b[at+16:]) }
-
-// laterFrame finds a whole frame behind at that is not of a former life, where the frame
-// with the given number cannot be read; 0: none.
-func (c *Content) laterFrame(b []byte, at int, number uint64) int {
-	most := number + uint64(len(b)/frameHead)
-	for p := at; p+frameHead <= len(b); p += 8 {
-		if n := c.frameNumber(b, p); n < number || n > most || n == number && p == at {
-			continue
+// laterFrame finds a whole frame behind at that is not of a former life, where the
+// next frame cannot be read; 0: none. It also says whether somebody began to write there.
+func (c *Content) laterFrame(f *os.File, at, size int64) (int64, error) {
+	most := c.Frames + 1 + uint64(size/frameHead)
+	window := make([]byte, scanWindow+frameHead)
+	for base := at; base < size; base += scanWindow {
+		n, err := f.ReadAt(window, base)
+		if err != nil && err != io.EOF {
+			return 0, err
 		}
-		if _, _, ok := frameAt(b, p); ok {
-			return p
+		for p := 0; p < scanWindow && p+frameHead <= n; p += 8 {
+			h, place := window[p:p+frameHead], base+int64(p)
+			number := c.frameNumber(h)
+			if number <= c.Frames || number > most {
+				continue
+			}
+			if place == at && number == c.Frames+1 {
+				c.Torn = true
+				continue
+			}
+			records, ok := frameRecords(h, size-place)
+			if !ok {
+				continue
+			}
+			frame := make([]byte, frameHead+records)
+			if _, err := f.ReadAt(frame, place); err != nil {
+				return 0, err
+			}
+			if frameSum(frame) == binary.LittleEndian.Uint32(h[4:]) {
+				return place, nil
+			}
 		}
 	}
-	return 0
+	return 0, nil
 }
 
 // Records.
