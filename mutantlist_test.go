@@ -14,7 +14,7 @@ var mutants = []mutant{
 		return err
 	}
 `,
-		test: "TestOrderOfDurability|TestSim$",
+		test: "TestSim$",
 	},
 	{
 		name: "commits are published before they are on this disk", file: "raft.go",
@@ -24,7 +24,7 @@ var mutants = []mutant{
 	n.publish(fresh)
 	fresh = nil
 	if err`,
-		test: "TestOrderOfDurability|TestSim$",
+		test: "TestOrderOfDurability|TestFailingDisk",
 	},
 	{
 		name: "an error of the log is swallowed", file: "storage.go",
@@ -34,31 +34,31 @@ var mutants = []mutant{
 		after: `	if err := errors.Join(d.wal.Sync(), d.setMark(syncMark{d.wal.Frames(), d.hard.Term}, promises)); err != nil {
 		d.log.Warn("write log", zap.Error(err))
 	}`,
-		test: "TestProcessFull|TestProcessFsync|TestProcessDisk|TestProcessSync|TestFailingDisk",
+		test: "TestProcessSyncFails",
 	},
 	{
 		name: "a vote is not synced", file: "storage.go",
 		before: `	if !promises && len(ents) == 0 {`,
 		after:  `	if len(ents) == 0 {`,
-		test:   "TestCrashImages|TestDamageIsNoticed|TestSyncMark|TestVote",
+		test:   "TestSim$|TestCrashImages|TestOrderOfDurability|TestSyncMark",
 	},
 	{
 		name: "a read does not wait for a commit of this term", file: "read.go",
 		before: `		return n.committedTerm == n.now.term`,
 		after:  `		return true`,
-		test:   "TestSingleVoter|TestRead|TestSim$|TestLinear",
+		test:   "TestSingleVoterGatesReadsOnItsTerm",
 	},
 	{
 		name: "the context of a read is used again", file: "read.go",
 		before: `		rand.Read(ctx) // never fails (crypto/rand)`,
 		after:  "",
-		test:   "TestRead|TestSim$|TestLinear",
+		test:   "TestSim$",
 	},
 	{
 		name: "a read does not wait until its index is applied", file: "read.go",
 		before: `		n.applied.Call(s.Index, func() {`,
 		after:  `		n.applied.Call(0, func() {`,
-		test:   "TestSim$|TestLinear",
+		test:   "TestSim$",
 	},
 	{
 		name: "a batch that was proposed again applies twice", file: "kv/state.go",
@@ -101,13 +101,13 @@ var mutants = []mutant{
 		name: "a tick of a former leader counts", file: "clock.go",
 		before: "c.Op == kv.OpTick && c.Tick.Term != term {",
 		after:  "c.Op == kv.OpTick && c.Tick.Term > term+1<<40 {",
-		test:   "TestTick|TestMayTick|TestLateTick|TestTTL",
+		test:   "TestTickRules|TestLateTick",
 	},
 	{
 		name: "leases run twice as fast", file: "clock.go",
 		before: "return c.reads + now.Sub(c.at).Milliseconds() }",
 		after:  "return c.reads + 2*now.Sub(c.at).Milliseconds() }",
-		test:   "TestTTL|TestSim$|TestLease",
+		test:   "TestSim$",
 	},
 	{
 		name: "a lease starts before its grant was answered", file: "kv/lease.go",
@@ -119,7 +119,7 @@ var mutants = []mutant{
 		name: "a watcher is not told that history was compacted", file: "read.go",
 		before: `	case uint64(h.Compacted()) >= next:`,
 		after:  `	case false:`,
-		test:   "TestWatch|TestDispatch|TestHub|TestStalled|TestSim$",
+		test:   "TestWatch|TestSim$|TestSlowDispatcher",
 	},
 	{
 		name: "a batch of events loses its first", file: "read.go",
@@ -129,7 +129,7 @@ var mutants = []mutant{
 			events = append(events, e)
 		}
 		return true`,
-		test: "TestSim$|TestProcessWatch|TestWatch",
+		test: "TestSim$",
 	},
 	{
 		name: "the log is released before the snapshot is recorded", file: "snapshot.go",
@@ -144,7 +144,7 @@ var mutants = []mutant{
 		return err
 	}
 	n.mem.newest, n.stateBytes = sn, d.size`,
-		test: "TestOrderOfDurability|TestSim$|TestCrashImages",
+		test: "TestOrderOfDurability|TestSim$",
 	},
 	{
 		name: "a late answer says not_applied of a command on its way", file: "kvstore.go",
@@ -155,7 +155,7 @@ var mutants = []mutant{
 		return kv.Result{}, errCommitTimeout
 	}`,
 		after: `	return kv.Result{}, s.notProposed()`,
-		test:  "TestSim$|TestProposal|TestTruthful|TestAbandon|TestOutcome|TestLinear",
+		test:  "TestDeadlineAfterProposalIsUnknown",
 	},
 	{
 		name: "a member that stands aside votes", file: "aside.go",
@@ -163,7 +163,7 @@ var mutants = []mutant{
 		return true`,
 		after: `	case raftpb.MsgTimeoutNow:
 		return true`,
-		test: "TestAside|Aside",
+		test: "TestAsideRules|TestNoLoss",
 	},
 	{
 		name: "a member that stands aside votes again at once", file: "aside.go",
@@ -171,13 +171,13 @@ var mutants = []mutant{
 		return nil
 	}`,
 		after: "",
-		test:  "Aside",
+		test:  "TestAsideRules|TestStandAside",
 	},
 	{
 		name: "one of two voters stands aside", file: "aside.go",
 		before: `	if others < len(voters)/2+1 {`,
 		after:  `	if others < 1 {`,
-		test:   "Aside",
+		test:   "TestTooFewVoters",
 	},
 	{
 		name: "a log that ends early is taken for torn", file: "synced.go",
@@ -231,25 +231,25 @@ var mutants = []mutant{
 	}
 `,
 		after: "",
-		test:  "TestSnapshot|TestHostile|TestBad|TestPeer",
+		test:  "TestHostileSnapshots|TestSim$",
 	},
 	{
 		name: "a heartbeat's context may be of any length", file: "peer.go",
 		before: "c != 0 && c != 8 {",
 		after:  "c < 0 {",
-		test:   "TestHostile|TestProcess|TestBad|TestPeer|FuzzStep|TestValid",
+		test:   "TestRefusedMessages|TestEveryMessage",
 	},
 	{
 		name: "a follower commits more than it holds", file: "raft.go",
 		before: `		if m.GetCommit() > n.stable && m.GetTerm() >= n.now.term {`,
 		after:  `		if false {`,
-		test:   "TestSim$|TestPeer|TestHostile|TestBad|FuzzStep|TestCommit",
+		test:   "TestMessagesThatNeedState",
 	},
 	{
 		name: "a minority's digest wins", file: "divergence.go",
 		before: `	case found && right != d.under.digest:`,
 		after:  `	case found && right == d.under.digest:`,
-		test:   "Diverg|Digest|Differ",
+		test:   "TestDivergedMemberStopsServing|TestDoubtEnds",
 	},
 	{
 		name: "the digest leaves out results", file: "kv/state.go",
@@ -262,12 +262,79 @@ var mutants = []mutant{
 		name: "an append with a gap is joined", file: "raft.go",
 		before: `	if before.GetIndex()+uint64(len(ents)) != m.GetIndex() || `,
 		after:  `	if `,
-		test:   "TestJoin|TestSort|TestSim$|Cycle",
+		test:   "TestJoinedAppends|TestSim$",
 	},
 	{
 		name: "an acknowledgement hides a later refusal", file: "raft.go",
 		before: "i >= 0 && !m.GetReject() && !ms[i].GetReject() && ms[i].GetIndex() <= m.GetIndex()",
 		after:  "i >= 0 && ms[i].GetIndex() <= m.GetIndex()",
-		test:   "TestJoin|TestSort|TestSim$|Ack",
+		test:   "TestJoinedAnswers",
+	},
+	{
+		name: "the members of a snapshot are those of later", file: "snapshot.go",
+		before: `	h := snapHeader{Index: state.Applied(), Term: s.term, Members: s.table}`,
+		after:  `	h := snapHeader{Index: state.Applied(), Term: s.term, Members: s.node.members.Load()}`,
+		test:   "TestSim$",
+	},
+	{
+		name: "an installed snapshot does not change the members", file: "snapshot.go",
+		before: `	n.setMembers(h.Members)
+`,
+		after: "",
+		test:  "TestSim$",
+	},
+	{
+		name: "a leader that hears nobody goes on", file: "raft.go",
+		before: `		CheckQuorum:               true,`,
+		after:  `		CheckQuorum:               false,`,
+		test:   "TestProcessChaos|TestSim$",
+	},
+	{
+		name: "a start trusts memory after a failed sync", file: "recover.go",
+		before: `	if err := wal.Settle(d.walDir()); err != nil`,
+		after:  `	if err := error(nil); err != nil`,
+		test:   "TestProcessLostSync",
+	},
+	{
+		name: "a value can pass for a frame", file: "internal/wal/wal.go",
+		before: "secret: rand.Uint64()",
+		after:  "secret: 0 * rand.Uint64()",
+		test:   "Forged",
+	},
+	{
+		name: "a full disk ends the process over a snapshot", file: "snapshot.go",
+		before: "case noRoom(d.err):",
+		after:  "case false:",
+		test:   "TestProcessDiskFull",
+	},
+	{
+		name: "whoever leads by a new address is not answered", file: "peer.go",
+		before: `	n.tr.AddPeer(id, []string{nowhere}) // does`,
+		after:  `	// does`,
+		test:   "TestStrangerIsAnswered",
+	},
+	{
+		name: "a diverged member goes on serving", file: "read.go",
+		before: `	return s.fit(ctx)
+}
+
+// get reads`,
+		after: `	return nil
+}
+
+// get reads`,
+		test: "TestDivergedMemberStopsServing",
+	},
+	{
+		name: "a flip in memory is never looked for", file: "kv/digest.go",
+		before: "if sum != s.sum",
+		after:  "if false",
+		test:   "Scrub",
+	},
+	{
+		name: "a number of starts comes again", file: "sidecar.go",
+		before: `	case d.exists():`,
+		after:  `	case false:`,
+		test:   "TestDamageIsNoticed",
 	},
 }
