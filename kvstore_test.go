@@ -66,7 +66,10 @@ func TestSnapshotMidLoadRestartMidLoad(t *testing.T) {
 	}()
 	victim := c.nodes[3]
 	for range 3 {
-		<-victim.store.applied.Wait(victim.store.applied.At() + 100)
+		select {
+		case <-victim.store.applied.Wait(victim.store.applied.At() + 100):
+		case <-done: // the restarts took longer than the load
+		}
 		if err := c.stop(3); err != nil {
 			t.Fatal(err)
 		}

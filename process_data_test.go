@@ -95,6 +95,7 @@ func (c *counter) run(ctx context.Context) {
 // A counter kept with If-Match and Idempotency-Key is exact whatever dies: with
 // kill -9 of leaders and of all members, and clients that cut and repeat.
 func TestProcessCounter(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, 3, 0)
 	s.start(1, 2, 3)
 	s.nodes[1].want(http.StatusCreated, http.MethodPut, "/v1/kv/counter", "0")
@@ -198,6 +199,7 @@ func (f *watchFollower) stream(ctx context.Context, base string) {
 // A watch that is resumed on other members, while members die, misses nothing,
 // repeats nothing and never splits a transaction.
 func TestProcessWatch(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, 3, 0)
 	s.start(1, 2, 3)
 	first := s.nodes[1].want(http.StatusCreated, http.MethodPut, "/v1/kv/w/start", "0")
