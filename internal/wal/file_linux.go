@@ -42,3 +42,16 @@ func writtenTo(f *os.File, from, size int64) int64 {
 	}
 	return at
 }
+
+// nextData is where the next part begins that was written, at or after from; size:
+// there is none. Where the file system cannot tell, all counts as written.
+func nextData(f *os.File, from, size int64) int64 {
+	at, err := unix.Seek(int(f.Fd()), from, unix.SEEK_DATA)
+	switch {
+	case errors.Is(err, unix.ENXIO):
+		return size
+	case err != nil:
+		return from
+	}
+	return at
+}

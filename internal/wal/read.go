@@ -273,11 +273,18 @@ func (c *Content) laterFrame(f *os.File, at, size int64) (int64, error) {
 	most := c.Frames + 1 + uint64(size/frameHead)
 	window := make([]byte, scanWindow+frameHead)
 	for base := at; base < size; base += scanWindow {
+		if base = max(base, nextData(f, base, size)&^7); base >= size {
+			break // nobody wrote there, in this life or a former one
+		}
 		n, err := f.ReadAt(window, base)
 		if err != nil && err != io.EOF {
 			return 0, err
 		}
 		for p := 0; p < scanWindow && p+frameHead <= n; p += 8 {
+			if end := p + 4096; p%4096 == 0 && end <= n && bytes.Equal(window[p:end], zeros[:4096]) {
+				p = end - 8 // the size of a frame is not zero
+				continue
+			}
 			h, place := window[p:p+frameHead], base+int64(p)
 			number := c.frameNumber(h)
 			if number <= c.Frames || number > most {
