@@ -114,7 +114,7 @@ func TestTTL(t *testing.T) {
 		w.check(t)
 	}
 	t.Logf("%d keys ended in time", len(seen))
-	if len(seen) < 10 {
+	if len(seen) < 4 { // one for each witness
 		t.Errorf("only %d keys were seen to end", len(seen))
 	}
 	c.check()
