@@ -170,8 +170,9 @@ var mutants = []mutant{
 		before: `	if last <= n.aside.term.Load() {
 		return nil
 	}`,
-		after: "",
-		test:  "TestAsideRules|TestStandAside",
+		after: `	_ = last
+`,
+		test: "TestAsideRules|TestStandAside",
 	},
 	{
 		name: "one of two voters stands aside", file: "aside.go",

@@ -83,7 +83,9 @@ func (m *mutant) run(t *testing.T, source []byte) (killer string, err error) {
 	pkg := "./" + filepath.Dir(m.file)
 	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, "go", "test", "-count=1", "-timeout=3m", "-overlay", filepath.Join(dir, "overlay.json"), "-run", m.test, pkg, "-rapid.nofailfile").CombinedOutput()
+	cmd := exec.CommandContext(ctx, "go", "test", "-count=1", "-timeout=3m", "-run", m.test, pkg, "-rapid.nofailfile")
+	cmd.Env = append(os.Environ(), "GOFLAGS=-overlay="+filepath.Join(dir, "overlay.json")) // also for the program that process tests build
+	out, err := cmd.CombinedOutput()
 	switch failed := regexp.MustCompile(`(?m)^--- FAIL: (\S+)|^(panic: .*)`).FindSubmatch(out); {
 	case err == nil && bytes.Contains(out, []byte("no tests to run")):
 		return "", fmt.Errorf("no test matches %s", m.test)
