@@ -17,16 +17,6 @@ var mutants = []mutant{
 		test: "TestSim$",
 	},
 	{
-		name: "commits are published before they are on this disk", file: "raft.go",
-		before: `	n.publish(onDisk)
-	if err`,
-		after: `	n.publish(onDisk)
-	n.publish(fresh)
-	fresh = nil
-	if err`,
-		test: "TestOrderOfDurability|TestFailingDisk",
-	},
-	{
 		name: "an error of the log is swallowed", file: "storage.go",
 		before: `	if err := errors.Join(d.wal.Sync(), d.setMark(syncMark{d.wal.Frames(), d.hard.Term}, promises)); err != nil {
 		return fmt.Errorf("%w: write log: %w", errDurability, err)
@@ -46,7 +36,7 @@ var mutants = []mutant{
 		name: "a read does not wait for a commit of this term", file: "read.go",
 		before: `		return n.committedTerm == n.now.term`,
 		after:  `		return true`,
-		test:   "TestSingleVoterGatesReadsOnItsTerm",
+		test:   "TestOwnReadWaitsForTheTerm",
 	},
 	{
 		name: "the context of a read is used again", file: "read.go",

@@ -89,7 +89,7 @@ func newFixture(t *testing.T) *fixture {
 	for i := uint64(2); i <= 13; i++ {
 		save(1, 1, i-1, with(i, 1, int(i*i%9)*90))
 		if i%2 == 0 {
-			save(1, 1, i) // stays in the wal package's buffer until the next sync
+			save(1, 1, i) // waits for the next frame
 		}
 	}
 	save(1, 1, 13, with(14, 1, 600), with(15, 1, 40), with(16, 1, 40)) // never committed
