@@ -54,6 +54,7 @@ type testNode struct {
 	store *kvstore
 	loop  chan error    // what serveChannels returned
 	apply chan struct{} // closed when readCommits returned
+	told  chan struct{} // holds one once a peer said that this member was removed
 
 	stopWatches func()
 }
@@ -111,7 +112,7 @@ func (c *cluster) startWith(id uint64, wrap func(*diskStore) logStore) *testNode
 }
 
 func (c *cluster) tryStart(id uint64, wrap func(*diskStore) logStore) (*testNode, error) {
-	n := &testNode{id: id, c: c, cfg: c.config(id), loop: make(chan error, 1), apply: make(chan struct{})}
+	n := &testNode{id: id, c: c, cfg: c.config(id), loop: make(chan error, 1), apply: make(chan struct{}), told: make(chan struct{}, 1)}
 	disk, err := openDataDir(n.cfg.DataDir, id, n.cfg.KeepSnapshots, c.logger)
 	if err != nil {
 		return nil, err
@@ -381,12 +382,30 @@ func (m *memnet) attach(n *testNode) *memEnd {
 				if err := n.node.Process(context.Background(), msg); err != nil {
 					n.c.logger.Warn("refused", zap.Error(err))
 				}
+				if n.node.IsIDRemoved(msg.GetFrom()) {
+					m.tellRemoved(msg.GetFrom())
+				}
 			case <-e.quit:
 				return
 			}
 		}
 	}()
 	return e
+}
+
+// tellRemoved is what status 410 of the peer port says to a member that did not
+// get its own removal before its connections went.
+func (m *memnet) tellRemoved(id uint64) {
+	m.mu.Lock()
+	e := m.mu.ends[id]
+	m.mu.Unlock()
+	if e == nil {
+		return
+	}
+	select {
+	case e.n.told <- struct{}{}:
+	default:
+	}
 }
 
 func (m *memnet) detach(id uint64) {

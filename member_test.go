@@ -423,8 +423,15 @@ func (n *testNode) ends() {
 // wantRemoved waits until a removed member has ended and takes it off the list.
 func (c *cluster) wantRemoved(id uint64) {
 	c.t.Helper()
-	c.nodes[id].ends()
-	if err := c.stop(id); !errors.Is(err, errRemoved) {
+	told := c.nodes[id].told
+	select {
+	case <-c.nodes[id].node.doneC:
+	case <-told: // a server would ask for the table and end
+		told = nil
+	case <-time.After(c.timeout):
+		c.t.Fatalf("member %d goes on", id)
+	}
+	if err := c.stop(id); !errors.Is(err, errRemoved) && (told != nil || err != nil) {
 		c.t.Fatalf("the removed member ended with %v", err)
 	}
 }
