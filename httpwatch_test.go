@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"pontoon/api"
+	"pontoon/internal/watch"
 	"pontoon/kv"
 )
 
@@ -408,6 +409,52 @@ func TestWatchFromCompacted(t *testing.T) {
 	if f, ok := w.next(); !ok || f.Revision != compacted+1 {
 		t.Errorf("the first revision that is kept: %d, %v", f.Revision, ok)
 	}
+}
+
+// A dispatcher that comes so late that history has dropped what it did not hand
+// out cuts the watchers, each after the last change that it got, and goes on from
+// where history is. So a gap is a message to the client, never silence.
+func TestDispatcherFallsBehind(t *testing.T) {
+	s := &kvstore{}
+	s.mu.state = kv.NewState()
+	defer s.hub.Close()
+	index := uint64(0)
+	apply := func(value string) {
+		index++
+		s.mu.state.Apply(index, &kv.Batch{Commands: []kv.Command{put("k", value)}}, nil)
+	}
+	subscribe := func() *watch.Watcher {
+		w, err := s.hub.Add(watch.Filter{Keys: []string{"k"}}, s.mu.state.Revision())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return w
+	}
+	got := make([]watch.Message, 8)
+
+	w, next := subscribe(), uint64(1)
+	apply("seen")
+	next = s.fanOut(next)
+	for s.mu.state.History().Compacted() < int64(next) {
+		apply(strings.Repeat("x", 1<<20))
+	}
+	next = s.fanOut(next)
+	n, status := w.Take(got)
+	if n != 1 || got[0].Revision != 1 {
+		t.Errorf("before the gap: %+v", got[:n])
+	}
+	if n, status = w.Take(got); n != 0 || !status.Cut || status.Delivered != 1 {
+		t.Errorf("at the gap: %d messages, %+v; want none, cut after revision 1", n, status)
+	}
+	w.Close()
+
+	w = subscribe()
+	apply("after")
+	s.fanOut(next)
+	if n, status = w.Take(got); n != 1 || got[0].Revision != s.mu.state.Revision() || status.Cut {
+		t.Errorf("a watcher after the gap got %+v, %+v", got[:n], status)
+	}
+	w.Close()
 }
 
 func TestWatchInitial(t *testing.T) {
