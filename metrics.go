@@ -69,6 +69,7 @@ func (s *kvstore) registerGauges(r prometheus.Registerer) {
 	})
 	gauge("proposals_queued", "Commands that wait to be proposed.", func() float64 { return float64(len(s.node.proposeC)) })
 	gauge("disk_low", "1 while writes are refused for lack of disk space.", func() float64 { return b(s.diskLow.Load()) })
+	gauge("stands_aside", "1 while this member has no vote, after damage to its disk, until it has caught up.", func() float64 { return b(s.node.aside.stands()) })
 	gauge("diverged", "1 while this member serves no clients because its state differs from that of the others.", func() float64 { return b(s.standing() == diverged) })
 	state := func(f func(*kv.State) int64) func() float64 {
 		return func() float64 {

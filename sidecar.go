@@ -36,12 +36,15 @@ func (d *diskStore) nextBoot() (uint64, error) {
 			return 0, fmt.Errorf("%w: %s is damaged; %s %d", errRefuse, path, hint, time.Now().Unix())
 		}
 	case !errors.Is(err, fs.ErrNotExist):
-		return 0, err
+		return 0, fmt.Errorf("%w: read %s: %w", errDurability, path, err)
 	case d.exists():
 		return 0, fmt.Errorf("%w: %s is missing; %s %d", errRefuse, path, hint, time.Now().Unix())
 	}
 	boots++
-	return boots, writeFileSync(path, seal(strconv.FormatUint(boots, 10)))
+	if err := writeFileSync(path, seal(strconv.FormatUint(boots, 10))); err != nil {
+		return 0, fmt.Errorf("%w: count this start: %w", errDurability, err)
+	}
+	return boots, nil
 }
 
 // seal adds a checksum to the one line of a small file; unseal takes it off.

@@ -1,8 +1,10 @@
 package main
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 )
 
@@ -30,6 +32,25 @@ func TestSidecarGolden(t *testing.T) {
 	}
 	if boot, err := d.nextBoot(); err != nil || boot != 42 {
 		t.Errorf("start %d, %v", boot, err)
+	}
+}
+
+// A disk that fails under a small file ends the start as one that fails under the
+// log does, and names the file.
+func TestSidecarDiskFails(t *testing.T) {
+	for name, start := range map[string]func(*diskStore) error{
+		"boots":     func(d *diskStore) error { _, err := d.nextBoot(); return err },
+		"boots.tmp": func(d *diskStore) error { _, err := d.nextBoot(); return err },
+		"synced":    func(d *diskStore) error { return d.openMark() },
+	} {
+		d := openTestDir(t, t.TempDir())
+		// What opens, and cannot be read or written, as a file that the disk has lost.
+		if err := os.Mkdir(filepath.Join(d.dir, name), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := start(d); !errors.Is(err, errDurability) || !strings.Contains(err.Error(), name) {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }
 

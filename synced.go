@@ -79,6 +79,11 @@ func (m syncMark) covered(c wal.Content) error {
 // openMark opens the file, creating it for a new log.
 func (d *diskStore) openMark() (err error) {
 	path := filepath.Join(d.dir, "synced")
+	defer func() {
+		if err != nil && !errors.Is(err, errRefuse) {
+			err = fmt.Errorf("%w: open %s: %w", errDurability, path, err)
+		}
+	}()
 	if d.mark, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600); err != nil {
 		return err
 	}
