@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -249,30 +250,42 @@ func (d *diskStore) asideSteps(a *asideFile) []func() error {
 }
 
 func (d *diskStore) damagedDirs() (numbers []int) {
-	names, err := filepath.Glob(filepath.Join(d.dir, "damaged-*"))
+	names, err := fs.Glob(os.DirFS(d.dir), "damaged-*")
 	if err != nil {
 		return nil // the pattern is well-formed
 	}
 	for _, name := range names {
 		var n int
-		if _, err := fmt.Sscanf(filepath.Base(name), "damaged-%d", &n); err == nil {
+		if _, err := fmt.Sscanf(name, "damaged-%d", &n); err == nil {
 			numbers = append(numbers, n)
 		}
 	}
 	return numbers
 }
 
-// salvageTable is the member table of the newest snapshot whose header can be read.
-// It may be old, and says how many voters there were. nil: there is none.
+// salvageTable is the member table of the newest snapshot whose header can be read,
+// and of the log after it, as far as that can be: the one with the fewest voters, where
+// it is not known whether a change was committed. It may be old. nil: there is none.
 func (d *diskStore) salvageTable() *membership {
 	files, err := d.snapshotFiles()
 	if err != nil {
 		return nil
 	}
 	for _, index := range slices.Backward(files) {
-		if h, err := d.snapshotHeader(index); err == nil {
-			return h.Members
+		h, err := d.snapshotHeader(index)
+		if err != nil {
+			continue
 		}
+		r := &recovered{snap: h}
+		c, err := wal.Read(d.walDir(), wal.Visitor{Entry: r.add})
+		d.log.Debug("read what is left of the log", zap.Uint64("from", index), zap.Int("entries", len(r.entries)), zap.Error(err))
+		r.hard = &raftpb.HardState{Commit: new(c.State.Commit)}
+		committed := r.table()
+		r.hard.Commit = new(uint64(math.MaxUint64))
+		if all := r.table(); len(all.voters()) < len(committed.voters()) {
+			return all
+		}
+		return committed
 	}
 	return nil
 }

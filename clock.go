@@ -13,12 +13,14 @@ import (
 // is a number in the state, in milliseconds, which only entries of the log move:
 // ticks, proposed by the leader while something can expire.
 //
-//	clock of a tick = clock of the last tick applied here + time since it was applied here
+//	clock of a tick = clock of the last tick applied here + time since that was made
 //
 // The elapsed time is measured by the monotonic clock of one process, so no
-// jump of a wall clock matters. It begins when the older tick was applied, not
-// when it was proposed, which is earlier; so each tick is at most as far ahead
-// of the one before as real time is, and by induction of every tick before.
+// jump of a wall clock matters. Of a tick that another member made it is not known
+// here when that was; the time counts from when it was applied here, which is later.
+// So each tick is at most as far ahead of the one before as real time is, and by
+// induction of every tick before. And while one member leads, nothing is lost to
+// the time that ticks take to commit.
 // The two other rules that make it so:
 //
 //   - a leader ticks only after it has applied an entry of its own term: then
@@ -44,6 +46,25 @@ type clock struct {
 
 // read is the clock extrapolated to the time now.
 func (c *clock) read(now time.Time) int64 { return c.reads + now.Sub(c.at).Milliseconds() }
+
+// ownTick is a tick that this member has proposed.
+type ownTick struct {
+	term  uint64
+	reads int64     // what it sets the clock to
+	made  time.Time // when
+}
+
+// readClock is c.read, and loses no time if the newest tick is one of this member's
+// last ones. Where an older one reads the same it was made within the same millisecond,
+// and before: to count from this one is late, not early.
+func (n *raftNode) readClock(c *clock, now time.Time) int64 {
+	for _, own := range n.ownTicks {
+		if own.term == c.term && own.reads == c.reads {
+			return c.reads + now.Sub(own.made).Milliseconds()
+		}
+	}
+	return c.read(now)
+}
 
 // publishClock tells the loop what the state's clock is needed for. It runs
 // on the apply loop, before anybody learns that the entries are applied.
@@ -78,7 +99,7 @@ func (n *raftNode) proposeTick() {
 		return
 	}
 	at := n.time()
-	now, since := c.read(at), at.Sub(n.tickSent)
+	now, since := n.readClock(c, at), at.Sub(n.tickSent)
 	switch {
 	case c.next != 0 && c.next <= now && (c.next <= c.reads || since >= n.cfg.TickInterval):
 	case c.unstarted && since >= 2*n.cfg.TickInterval:
@@ -86,7 +107,12 @@ func (n *raftNode) proposeTick() {
 	default:
 		return
 	}
+	if !n.stillLeads() {
+		return
+	}
 	n.tickSent = at
+	copy(n.ownTicks[1:], n.ownTicks[:])
+	n.ownTicks[0] = ownTick{n.now.term, now, at}
 	tick := kv.AppendCommand(nil, &kv.Command{Op: kv.OpTick,
 		Tick: kv.Tick{Clock: now, Wall: n.tickSent.UnixMilli(), Seen: n.seen[0], Term: n.now.term}})
 	// Without an identity: it is never proposed again, and applies at once.
@@ -94,6 +120,11 @@ func (n *raftNode) proposeTick() {
 		n.log.Debug("tick not proposed", zap.Error(err))
 	}
 }
+
+// stillLeads says whether this member leads at this moment. n.now is of the last Ready: a
+// message since then may have ended it, and what only a leader proposes would be
+// forwarded to its successor, which refuses it.
+func (n *raftNode) stillLeads() bool { return n.raw.BasicStatus().RaftState == raft.StateLeader }
 
 // noteSeen keeps what was applied one tick of raft ago and more: by then a
 // follower has applied it too, and answered its client.

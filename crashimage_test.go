@@ -18,9 +18,9 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 
-	"go.etcd.io/etcd/server/v3/etcdserver/api/snap"
 	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/protobuf/proto"
 
@@ -127,6 +127,53 @@ func (l *crashLife) snapshot(term uint64) {
 	}
 }
 
+// receive takes a snapshot that arrives a second time: the process was killed when the
+// file had its name, and that was not on disk yet.
+func (l *crashLife) receive(file []byte, index uint64) {
+	l.t.Helper()
+	f, err := os.CreateTemp(l.d.snapDir(), "tmp")
+	l.must(err, second(f.Write(file)), f.Sync(), f.Close(), os.Rename(f.Name(), l.d.snapPath(index)), l.d.close())
+	l.open(false)
+	l.must(l.d.receiveSnapshot(index, bytes.NewReader(file), func(snapHeader) error { return nil }))
+}
+
+// cutShort ends the process when a new segment has its name, and that is not on disk
+// yet: there is a descriptor for the file, and none for its directory. The next start
+// goes on in that segment.
+func (l *crashLife) cutShort() {
+	l.t.Helper()
+	next := max(l.state.Applied(), slices.Max(slices.Collect(maps.Keys(l.p.Entries)))) + 1
+	at := len(segments(l.t, l.dir))
+	for i := next; ; i++ {
+		var was syscall.Rlimit
+		probe, err := os.Open("/")
+		l.must(err, syscall.Getrlimit(syscall.RLIMIT_NOFILE, &was))
+		lowest := uint64(probe.Fd())
+		l.must(probe.Close(), syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: lowest + 1, Max: was.Max}))
+		err = l.d.save(hardState(l.p.Term, l.p.Vote, i-1), []*raftpb.Entry{crashEntry(i, l.p.Term)})
+		l.must(syscall.Setrlimit(syscall.RLIMIT_NOFILE, &was))
+		if errors.Is(err, syscall.EMFILE) {
+			break
+		}
+		l.must(err)
+		l.promise(func(p *promise) { p.Entries[i], p.Commit = p.Term, i-1 })
+	}
+	if n := len(segments(l.t, l.dir)); n != at+1 {
+		l.t.Fatalf("%d segments after %d", n, at)
+	}
+	l.must(l.d.close())
+	r := l.open(false)
+	for _, e := range r.entries {
+		if e.GetIndex() > l.state.Applied() {
+			applyTo(l.t, l.state, e)
+		}
+	}
+	for i := l.state.Applied() + 1; i < l.state.Applied()+4; i++ {
+		l.must(l.d.save(hardState(l.p.Term, l.p.Vote, i-1), []*raftpb.Entry{crashEntry(i, l.p.Term)}))
+		l.promise(func(p *promise) { p.Entries[i], p.Commit = p.Term, i-1 })
+	}
+}
+
 // TestCrashLife is no test: TestCrashImages runs it under strace.
 func TestCrashLife(t *testing.T) {
 	dir := os.Getenv("PONTOON_CRASH_LIFE")
@@ -134,7 +181,7 @@ func TestCrashLife(t *testing.T) {
 		t.Skip("TestCrashImages runs it")
 	}
 	smallSegments(t, 8<<10)
-	to, err := os.Create(filepath.Join(filepath.Dir(dir), "promises"))
+	to, err := os.Create(os.Getenv("PONTOON_CRASH_PROMISES"))
 	l := &crashLife{t: t, dir: dir, to: to, p: promise{Entries: map[uint64]uint64{}, Hash: map[uint64]uint64{1: kv.NewState().Hash()}}}
 	l.must(err)
 	l.open(true)
@@ -183,7 +230,8 @@ func TestCrashLife(t *testing.T) {
 	head, err := json.Marshal(h)
 	l.must(err)
 	var file bytes.Buffer
-	l.must(kv.WriteSnapshot(&file, head, ahead), second(snap.New(quietLog, l.d.snapDir()).SaveDBFrom(bytes.NewReader(file.Bytes()), 60)))
+	l.must(kv.WriteSnapshot(&file, head, ahead))
+	l.receive(file.Bytes(), 60)
 	l.must(l.d.install(h.raftSnapshot().Metadata, &raftpb.HardState{Term: new(uint64(8)), Vote: new(uint64(0)), Commit: new(uint64(60))}, nil))
 	l.state = ahead.Clone()
 	l.promise(func(p *promise) { p.Term, p.Vote, p.Commit = 8, 0, 60 })
@@ -193,6 +241,7 @@ func TestCrashLife(t *testing.T) {
 			l.snapshot(8)
 		}
 	}
+	l.cutShort()
 	// It stands aside, twice, and ends it.
 	for _, number := range []uint64{8, 9} {
 		l.promise(func(p *promise) { p.MayAsd = number })
@@ -203,7 +252,7 @@ func TestCrashLife(t *testing.T) {
 		l.must(l.d.close())
 		l.open(false)
 	}
-	l.must(second(snap.New(quietLog, l.d.snapDir()).SaveDBFrom(&file, 60)))
+	l.receive(file.Bytes(), 60)
 	l.must(l.d.install(h.raftSnapshot().Metadata, &raftpb.HardState{Term: new(uint64(12)), Vote: new(uint64(0)), Commit: new(uint64(60))}, nil))
 	l.state = ahead
 	l.promise(func(p *promise) { p.Term, p.Commit = 12, 60 })
@@ -552,7 +601,8 @@ func record(t *testing.T, parent string) []string {
 	cmd := exec.Command("strace", "-f", "-y", "-xx", "-s", "1000000", "-o", out,
 		"-e", "trace=openat,mkdirat,lseek,write,pwrite64,writev,pwritev,ftruncate,truncate,fallocate,fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,rmdir,link,linkat,copy_file_range,sendfile",
 		os.Args[0], "-test.run=^TestCrashLife$", "-test.v")
-	cmd.Env = append(os.Environ(), "PONTOON_CRASH_LIFE="+filepath.Join(parent, "data"))
+	// As an operator may write it; nothing of it is there.
+	cmd.Env = append(os.Environ(), "PONTOON_CRASH_LIFE="+parent+"/new/data/", "PONTOON_CRASH_PROMISES="+filepath.Join(parent, "promises"))
 	if said, err := cmd.CombinedOutput(); errors.Is(err, exec.ErrNotFound) || bytes.Contains(said, []byte("ptrace")) {
 		t.Skipf("the writes of a member cannot be recorded here, strace is not to be had: %v %s", err, said)
 	} else if err != nil {
@@ -689,7 +739,7 @@ func TestCrashImages(t *testing.T) {
 				t.Fatal(err)
 			}
 			images++
-			if broken := k.last.broken(t, filepath.Join(dir, "data")); broken != "" {
+			if broken := k.last.broken(t, filepath.Join(dir, "new", "data")); broken != "" {
 				if failed++; failed < 20 {
 					t.Errorf("after call %d (%.150s), %s of what was not synced is kept: %s", steps, line, way, broken)
 				}
@@ -704,7 +754,7 @@ func TestCrashImages(t *testing.T) {
 	if err := errors.Join(os.RemoveAll(dir), k.root.image(dir, keepAll)); err != nil {
 		t.Fatal(err)
 	}
-	sameFiles(t, filepath.Join(parent, "data"), filepath.Join(dir, "data"))
+	sameFiles(t, filepath.Join(parent, "new"), filepath.Join(dir, "new"))
 }
 
 func sameFiles(t *testing.T, a, b string) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -288,7 +289,7 @@ func (s *kvstore) diverge(why string) bool {
 // setAside keeps the next start from the snapshots of a state that others contradict.
 // Those of a member whose memory is broken stay: each was added up as it was written.
 func (s *kvstore) setAside() {
-	files, err := s.disk.setAsideSnapshots(s.div.agreed)
+	files, err := s.disk.setAsideSnapshots(s.div.agreed, s.applied.At())
 	if err != nil {
 		s.log.Error("could not set aside snapshots of a state that differs; delete them before the next start: "+strings.Join(files, ", "), zap.Error(err))
 	} else if len(files) > 0 {
@@ -380,7 +381,7 @@ func (n *raftNode) testify() {
 		return // nobody to compare with
 	}
 	due := t.wanted && n.ticks-v.marked >= pace && (v.marked == 0 || t.mark.index != v.mark || n.ticks-v.marked >= markPatience)
-	if !leads || !due || n.committedTerm != n.now.term {
+	if !leads || !due || n.committedTerm != n.now.term || !n.stillLeads() {
 		return
 	}
 	v.mark, v.marked = t.mark.index, n.ticks
@@ -408,23 +409,26 @@ func (n *raftNode) proposeWitness(w kv.Witness) {
 // kept for whoever wants to see what differs.
 const divergedSuffix = ".diverged"
 
-// setAsideSnapshots renames the snapshots of entries after good. It returns the files,
-// of which an error may have left some in place. A start then finds them missing,
-// and takes the one before. What an earlier occurrence set aside goes.
-func (d *diskStore) setAsideSnapshots(good uint64) (files []string, err error) {
-	names, err := filepath.Glob(filepath.Join(d.snapDir(), "*.snap.db"))
+// setAsideSnapshots renames the snapshots of entries after good, up to the one that
+// this member has applied: a later one came from another member, to heal this one. It
+// returns the files, of which an error may have left some in place. A start then finds
+// them missing, and takes the one before. What an earlier occurrence set aside goes.
+func (d *diskStore) setAsideSnapshots(good, applied uint64) (files []string, err error) {
+	snaps := os.DirFS(d.snapDir())
+	names, err := fs.Glob(snaps, "*.snap.db")
 	if err != nil {
 		return nil, err
 	}
-	old, err := filepath.Glob(filepath.Join(d.snapDir(), "*"+divergedSuffix))
+	old, err := fs.Glob(snaps, "*"+divergedSuffix)
 	for _, name := range old {
-		err = errors.Join(err, os.Remove(name)) // one occurrence is enough to look at
+		err = errors.Join(err, os.Remove(filepath.Join(d.snapDir(), name))) // one occurrence is enough to look at
 	}
 	for _, name := range names {
-		index, perr := strconv.ParseUint(strings.TrimSuffix(filepath.Base(name), ".snap.db"), 16, 64)
-		if perr != nil || index <= good {
+		index, perr := strconv.ParseUint(strings.TrimSuffix(name, ".snap.db"), 16, 64)
+		if perr != nil || index <= good || index > applied {
 			continue
 		}
+		name = filepath.Join(d.snapDir(), name)
 		files = append(files, name)
 		err = errors.Join(err, os.Rename(name, name+divergedSuffix))
 	}

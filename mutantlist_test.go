@@ -18,10 +18,10 @@ var mutants = []mutant{
 	},
 	{
 		name: "an error of the log is swallowed", file: "storage.go",
-		before: `	if err := errors.Join(d.wal.Sync(), d.setMark(syncMark{d.wal.Frames(), d.hard.Term}, promises)); err != nil {
+		before: `	if err != nil {
 		return fmt.Errorf("%w: write log: %w", errDurability, err)
 	}`,
-		after: `	if err := errors.Join(d.wal.Sync(), d.setMark(syncMark{d.wal.Frames(), d.hard.Term}, promises)); err != nil {
+		after: `	if err != nil {
 		d.log.Warn("write log", zap.Error(err))
 	}`,
 		test: "TestProcessSyncFails",
@@ -199,8 +199,8 @@ var mutants = []mutant{
 	},
 	{
 		name: "a segment is released that is needed", file: "internal/wal/wal.go",
-		before: "l.segments[1].first <= index+1",
-		after:  "l.segments[1].first <= index+20",
+		before: "l.segments[1].first <= index {",
+		after:  "l.segments[1].first <= index+20 {",
 		test:   "List",
 	},
 	{
@@ -330,5 +330,46 @@ var mutants = []mutant{
 		before: `	case d.exists():`,
 		after:  `	case false:`,
 		test:   "TestDamageIsNoticed",
+	},
+	{
+		name: "entries that were replaced come back", file: "recover.go",
+		before: `		r.entries = r.entries[:0]
+`,
+		after: "",
+		test:  "TestReplacedEntries",
+	},
+	{
+		name: "a write that failed is marked as synced", file: "storage.go",
+		before: `	if err == nil {
+		err = d.setMark(syncMark{d.wal.Frames(), d.hard.Term}, promises)`,
+		after: `	{
+		err = errors.Join(err, d.setMark(syncMark{d.wal.Frames(), d.hard.Term}, promises))`,
+		test: "TestFailedWriteLeavesNoMark",
+	},
+	{
+		name: "a start counts on the name of a segment", file: "internal/wal/read.go",
+		before: `return errors.Join(datasync(f), forget(f), f.Close(), syncDir(dir))`,
+		after:  `return errors.Join(datasync(f), forget(f), f.Close())`,
+		test:   "TestCrashImages", in: ".",
+	},
+	{
+		name: "a snapshot that is there already need not have a name on disk", file: "peerreceive.go",
+		before: `		err = os.Remove(f.Name())
+	} else {`,
+		after: `		return os.Remove(f.Name())
+	} else {`,
+		test: "TestCrashImages",
+	},
+	{
+		name: "the name of a new data directory is not synced", file: "storage.go",
+		before: `	return syncDir(parent)`,
+		after:  `	return nil`,
+		test:   "TestCrashImages",
+	},
+	{
+		name: "a kept snapshot's record is released", file: "internal/wal/wal.go",
+		before: `l.segments[1].first <= index {`,
+		after:  `l.segments[1].first <= index+1 {`,
+		test:   "TestEitherKept", in: ".",
 	},
 }

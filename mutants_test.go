@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -29,7 +30,8 @@ type mutant struct {
 	name          string // what it breaks, as a user would see it
 	file          string
 	before, after string // before occurs once in file
-	test          string // -run pattern, in the package of file
+	test          string // -run pattern
+	in            string // package of the test; empty: that of file
 }
 
 // TestMutants holds that each mutant is still about a line that is there. With
@@ -80,7 +82,7 @@ func (m *mutant) run(t *testing.T, source []byte) (killer string, err error) {
 	if err := errors.Join(os.WriteFile(broken, source, 0o600), os.WriteFile(filepath.Join(dir, "overlay.json"), overlay, 0o600)); err != nil {
 		return "", err
 	}
-	pkg := "./" + filepath.Dir(m.file)
+	pkg := cmp.Or(m.in, "./"+filepath.Dir(m.file))
 	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "go", "test", "-count=1", "-timeout=3m", "-run", m.test, pkg, "-rapid.nofailfile")

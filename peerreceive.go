@@ -216,13 +216,13 @@ func (d *diskStore) receiveSnapshot(index uint64, body io.Reader, fits func(snap
 		return err
 	}
 	// raft may have been told of the file that is there, and be about to load it.
-	if old, err := d.verifySnapshot(index); err == nil && fits(old) == nil {
-		return os.Remove(f.Name())
+	if old, verr := d.verifySnapshot(index); verr == nil && fits(old) == nil {
+		err = os.Remove(f.Name())
+	} else {
+		err = os.Rename(f.Name(), d.snapPath(index))
 	}
-	if err := os.Rename(f.Name(), d.snapPath(index)); err != nil {
-		return err
-	}
-	return syncDir(d.snapDir())
+	// A crash may have come between the name of the one that is there and this.
+	return errors.Join(err, syncDir(d.snapDir()))
 }
 
 // snapBody is a snapshot that arrives. It ends where the disk is low, however

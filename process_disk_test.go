@@ -188,9 +188,9 @@ func TestProcessReadFails(t *testing.T) {
 	if err != nil || len(snaps) == 0 {
 		t.Fatalf("no snapshot: %v", err)
 	}
-	for _, file := range []string{segment, snaps[0], filepath.Join(s.data(1), "synced"), filepath.Join(s.data(1), "boots")} {
+	for file, code := range map[string]int{segment: 1, snaps[0]: 1, filepath.Join(s.data(1), "synced"): 3, filepath.Join(s.data(1), "boots"): 3} {
 		p := launchUnder(t, s.dir, []string{"strace", "-D", "-f", "-qq", "-o", os.DevNull, "-P", file, "-e", "trace=read,pread64", "-e", "inject=read,pread64:error=EIO"}, s.args(1)...)
-		badStart{1, "input/output error"}.check(t, p)
+		badStart{code, "input/output error"}.check(t, p)
 		t.Log(tail(p.stderr.String(), 1))
 	}
 	s.start(1)

@@ -123,38 +123,44 @@ func (d *diskStore) load() (*recovered, error) {
 
 const replaceHint = "if the other members are healthy, remove this member (DELETE /<id>) and add a new one with a new id and an empty data directory"
 
-// readEntries reads the log after r's snapshot. An entry replaces those from its
-// index on: a later leader may shorten a log.
+// readEntries reads the log after r's snapshot.
 func (d *diskStore) readEntries(r *recovered) error {
-	_, err := wal.Read(d.walDir(), wal.Visitor{Entry: func(kind uint8, term, index uint64, data []byte) error {
-		if index <= r.snap.Index {
-			return nil
-		}
-		at := index - r.snap.Index - 1
-		if at > uint64(len(r.entries)) {
-			return fmt.Errorf("entry %d follows entry %d", index, r.snap.Index+uint64(len(r.entries)))
-		}
-		e := &raftpb.Entry{Type: raftpb.EntryType(kind).Enum(), Term: new(term), Index: new(index)}
-		if len(data) > 0 {
-			e.Data = bytes.Clone(data)
-		}
-		r.entries = append(r.entries[:at], e)
-		return nil
-	}})
-	if err != nil {
+	if _, err := wal.Read(d.walDir(), wal.Visitor{Entry: r.add}); err != nil {
 		return damaged("the log in %s is damaged: %w", d.walDir(), err)
 	}
 	return nil
 }
 
+// add takes the next entry of the log. It replaces all from its index on, as a later
+// leader may shorten a log: also those after the snapshot where it is itself in it.
+func (r *recovered) add(kind uint8, term, index uint64, data []byte) error {
+	if index <= r.snap.Index {
+		r.entries = r.entries[:0]
+		return nil
+	}
+	at := index - r.snap.Index - 1
+	if at > uint64(len(r.entries)) {
+		return fmt.Errorf("entry %d follows entry %d", index, r.snap.Index+uint64(len(r.entries)))
+	}
+	e := &raftpb.Entry{Type: raftpb.EntryType(kind).Enum(), Term: new(term), Index: new(index)}
+	if len(data) > 0 {
+		e.Data = bytes.Clone(data)
+	}
+	r.entries = append(r.entries[:at], e)
+	return nil
+}
+
 // checkRecovered turns into an error what would be a panic inside raft.
 func (d *diskStore) checkRecovered(r *recovered) error {
-	last := r.snap.Index
+	last, term := r.snap.Index, r.snap.Term
 	for _, e := range r.entries {
-		if e.GetIndex() != last+1 {
+		switch {
+		case e.GetIndex() != last+1:
 			return damaged("the log in %s misses entry %d", d.walDir(), last+1)
+		case e.GetTerm() < term || e.GetTerm() > r.hard.GetTerm():
+			return damaged("the log in %s has entry %d of term %d after one of term %d, in term %d", d.walDir(), e.GetIndex(), e.GetTerm(), term, r.hard.GetTerm())
 		}
-		last = e.GetIndex()
+		last, term = e.GetIndex(), e.GetTerm()
 	}
 	if c := r.hard.GetCommit(); c > last || (c < r.snap.Index && r.snap.Index > 0) {
 		return damaged("the log in %s ends at entry %d, but entry %d was committed", d.walDir(), last, c)

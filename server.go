@@ -319,8 +319,10 @@ func (s *server) run(ctx context.Context) error {
 	if errors.Is(err, errRemoved) {
 		s.finishClients()
 		s.log.Warn("this member was removed from the cluster and shuts down", zap.Error(err))
-		err = errors.Join(err, s.disk.markRemoved(fmt.Sprintf("member %d was removed from cluster %016x; its id never comes back. To use this machine again, empty the data directory and add a member with a new id",
-			s.cfg.ID, uint64(s.tr.ClusterID))))
+		if merr := s.disk.markRemoved(fmt.Sprintf("member %d was removed from cluster %016x; its id never comes back. To use this machine again, empty the data directory and add a member with a new id",
+			s.cfg.ID, uint64(s.tr.ClusterID))); merr != nil {
+			err = errors.Join(err, fmt.Errorf("%w: note that this member was removed: %w", errDurability, merr))
+		}
 	}
 	s.node.stop()
 	if !errors.Is(err, errDurability) {

@@ -42,7 +42,7 @@ func (d *diskStore) nextBoot() (uint64, error) {
 	}
 	boots++
 	if err := writeFileSync(path, seal(strconv.FormatUint(boots, 10))); err != nil {
-		return 0, fmt.Errorf("%w: count this start: %w", errDurability, err)
+		return 0, fmt.Errorf("%w: %w", errDurability, err)
 	}
 	return boots, nil
 }

@@ -46,8 +46,7 @@ type simDisk struct {
 }
 
 const (
-	recEntry    = 'e'
-	recHard     = 'h'
+	recFrame    = 'f' // hard state and entries of one save, in a message: all of it is there or nothing
 	recSnapshot = 's'
 )
 
@@ -90,9 +89,9 @@ func (d *simDisk) forgetSnapshot(index uint64) (newest uint64) {
 	return newest
 }
 
-func (d *simDisk) setAsideSnapshots(good uint64) (names []string, err error) {
+func (d *simDisk) setAsideSnapshots(good, applied uint64) (names []string, err error) {
 	for _, i := range slices.Sorted(maps.Keys(d.snaps)) {
-		if i > good {
+		if i > good && i <= applied {
 			names = append(names, fmt.Sprint(i))
 			delete(d.snaps, i)
 		}
@@ -106,6 +105,15 @@ func encoded(m proto.Message) []byte {
 		panic(err)
 	}
 	return b
+}
+
+func frameRecord(hs *raftpb.HardState, ents []*raftpb.Entry) sim.Record {
+	return sim.Record{Kind: recFrame, Data: encoded(&raftpb.Message{Term: new(hs.GetTerm()), Vote: new(hs.GetVote()), Commit: new(hs.GetCommit()), Entries: ents})}
+}
+
+func frameOf(rec sim.Record) (*raftpb.HardState, []*raftpb.Entry) {
+	m := decoded(rec.Data, &raftpb.Message{})
+	return &raftpb.HardState{Term: new(m.GetTerm()), Vote: new(m.GetVote()), Commit: new(m.GetCommit())}, m.GetEntries()
 }
 
 func snapRecord(m *raftpb.SnapshotMetadata) sim.Record {
@@ -123,7 +131,7 @@ func (d *simDisk) bootstrap(id uint64, table *membership, joined bool) {
 	h := snapHeader{Index: 1, Term: 1, Members: table}
 	d.snaps[1] = d.encodeSnapshot(h, state)
 	d.log.Replace([]sim.Record{snapRecord(h.raftSnapshot().Metadata),
-		{Kind: recHard, Data: encoded(&raftpb.HardState{Term: new(uint64(1)), Vote: new(uint64(0)), Commit: new(uint64(1))})}})
+		frameRecord(&raftpb.HardState{Term: new(uint64(1)), Vote: new(uint64(0)), Commit: new(uint64(1))}, nil)})
 }
 
 func (d *simDisk) encodeSnapshot(h snapHeader, state *kv.State) []byte {
@@ -146,12 +154,12 @@ func (d *simDisk) load() (*recovered, error) {
 	var ents []*raftpb.Entry
 	for _, rec := range d.log.Records() {
 		switch rec.Kind {
-		case recHard:
-			r.hard = decoded(rec.Data, &raftpb.HardState{})
+		case recFrame:
+			var es []*raftpb.Entry
+			r.hard, es = frameOf(rec)
+			ents = append(ents, es...)
 		case recSnapshot:
 			marks = append(marks, decoded(rec.Data, &raftpb.SnapshotMetadata{}))
-		case recEntry:
-			ents = append(ents, decoded(rec.Data, &raftpb.Entry{}))
 		}
 	}
 	marks = slices.DeleteFunc(marks, func(s *raftpb.SnapshotMetadata) bool { return s.GetIndex() > r.hard.GetCommit() })
@@ -179,14 +187,9 @@ func (d *simDisk) load() (*recovered, error) {
 		return nil, fmt.Errorf("%w: no usable snapshot: %w", errRefuse, errors.Join(damaged...))
 	}
 	for _, e := range ents {
-		if e.GetIndex() <= r.snap.Index {
-			continue
+		if err := r.add(uint8(e.GetType()), e.GetTerm(), e.GetIndex(), e.GetData()); err != nil {
+			return nil, fmt.Errorf("%w: %w", errRefuse, err)
 		}
-		at := e.GetIndex() - r.snap.Index - 1
-		if at > uint64(len(r.entries)) {
-			return nil, fmt.Errorf("%w: entry %d does not follow entry %d", errRefuse, e.GetIndex(), r.snap.Index+uint64(len(r.entries)))
-		}
-		r.entries = append(r.entries[:at], e)
 	}
 	d.hard = r.hard
 	if err := (&diskStore{dir: "sim"}).checkRecovered(r); err != nil {
@@ -231,12 +234,11 @@ func (d *simDisk) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
 	if must {
 		w.beside(n) // the apply loop and the handlers go on while the disk works
 	}
-	for _, e := range ents {
-		d.log.Append(recEntry, encoded(e))
-	}
 	if !raft.IsEmptyHardState(hs) {
-		d.log.Append(recHard, encoded(hs))
 		d.hard = proto.Clone(hs).(*raftpb.HardState)
+	}
+	if !raft.IsEmptyHardState(hs) || len(ents) > 0 {
+		d.log.Append(recFrame, frameRecord(d.hard, ents).Data)
 	}
 	if err := d.maybeFail(); err != nil {
 		return err
@@ -285,12 +287,8 @@ func (d *simDisk) install(m *raftpb.SnapshotMetadata, hs *raftpb.HardState, ents
 	if err := d.maybeFail(); err != nil {
 		return err
 	}
-	records := []sim.Record{snapRecord(m)}
-	for _, e := range ents {
-		records = append(records, sim.Record{Kind: recEntry, Data: encoded(e)})
-	}
 	d.work()
-	d.log.Replace(append(records, sim.Record{Kind: recHard, Data: encoded(hs)}))
+	d.log.Replace([]sim.Record{snapRecord(m), frameRecord(hs, ents)})
 	d.hard = proto.Clone(hs).(*raftpb.HardState)
 	d.recorded = []uint64{m.GetIndex()}
 	d.m.w.mark("installs a snapshot", d.m)
@@ -315,15 +313,18 @@ func (d *simDisk) purge(oldest uint64) error {
 	maps.DeleteFunc(d.snaps, func(i uint64, _ []byte) bool { return i < oldest })
 	all := d.log.Records()
 	synced := len(all) - d.log.Unsynced()
-	kept := slices.DeleteFunc(slices.Clone(all[:synced]), func(rec sim.Record) bool {
-		switch rec.Kind {
-		case recEntry:
-			return decoded(rec.Data, &raftpb.Entry{}).GetIndex() <= oldest
-		case recSnapshot:
-			return decoded(rec.Data, &raftpb.SnapshotMetadata{}).GetIndex() < oldest
+	// A log loses its beginning, in order: what was written after entry oldest stays,
+	// and so does what that replaces.
+	from := 0
+	for i, rec := range all[:synced] {
+		if rec.Kind != recFrame {
+			continue
 		}
-		return false
-	})
+		if _, ents := frameOf(rec); slices.ContainsFunc(ents, func(e *raftpb.Entry) bool { return e.GetIndex() == oldest }) {
+			from = i
+		}
+	}
+	kept := slices.Clone(all[from:synced])
 	tail := slices.Clone(all[synced:])
 	d.log.Replace(kept)
 	for _, rec := range tail {

@@ -199,6 +199,9 @@ func (w *simWorld) run(n *simNode, f func() error) {
 			w.failf("member %d published commits after its disk had failed", n.m.id)
 		}
 		w.crash(n, true)
+		if w.healed { // it was told late of what failed before
+			w.restartAfterHeal(n.m)
+		}
 		return
 	}
 	if n.diskEnded() {

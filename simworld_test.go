@@ -660,6 +660,9 @@ func (w *simWorld) heal() {
 		if m.node != nil && m.node.paused > w.q.Now() {
 			m.node.paused = w.q.Now()
 		}
+		if m.node != nil { // a disk that has stalled goes on to
+			w.healAt = max(w.healAt, m.node.busy)
+		}
 		w.restartAfterHeal(m)
 	}
 }

@@ -309,7 +309,7 @@ type snapshotWriter interface {
 	writeSnapshot(h snapHeader, state *kv.State) (int64, error)
 	readSnapshot(index uint64) (snapHeader, *kv.State, error)
 	purge(oldest uint64) error
-	setAsideSnapshots(good uint64) ([]string, error)
+	setAsideSnapshots(good, applied uint64) ([]string, error)
 	sizes() (walBytes, snapBytes int64)
 }
 

@@ -57,7 +57,17 @@ var errDamaged = errors.New("damaged")
 
 // damaged is a refusal because of what d.load found.
 func damaged(format string, args ...any) error {
+	for _, arg := range args {
+		if err, ok := arg.(error); ok && notTheDisk(err) {
+			return fmt.Errorf("%w: %w; the data may be as good as ever: mend this and start again", errRefuse, err)
+		}
+	}
 	return &damageError{fmt.Errorf(format+"; %s", append(args, replaceHint)...)}
+}
+
+// notTheDisk: what this process was refused says nothing of what is on the disk.
+func notTheDisk(err error) bool {
+	return errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.ENOMEM)
 }
 
 type damageError struct{ error }
@@ -118,7 +128,8 @@ type snapHeader struct {
 // openDataDir takes the directory's LOCK and clears what a crash left half
 // written. It waits a moment for a predecessor that is still shutting down.
 func openDataDir(dir string, id uint64, keep int, log *zap.Logger) (*diskStore, error) {
-	if err := os.MkdirAll(filepath.Join(dir, "snap"), 0o700); err != nil {
+	dir = filepath.Clean(dir)
+	if err := makeDir(filepath.Join(dir, "snap")); err != nil {
 		return nil, fmt.Errorf("data directory: %w; choose another with --data-dir", err)
 	}
 	d := &diskStore{dir: dir, id: id, keep: keep, log: log}
@@ -155,6 +166,24 @@ func openDataDir(dir string, id uint64, keep int, log *zap.Logger) (*diskStore, 
 	return d, nil
 }
 
+// makeDir is os.MkdirAll for directories whose names are to survive a power loss.
+func makeDir(dir string) error {
+	parent := filepath.Dir(dir)
+	if parent == dir {
+		return nil
+	}
+	if _, err := os.Stat(dir); err == nil {
+		return nil // bootstrap sees to the names that an earlier start made
+	}
+	if err := makeDir(parent); err != nil {
+		return err
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return syncDir(parent)
+}
+
 func writeAt(f *os.File, s string) error {
 	_, err := f.WriteAt([]byte(s), 0)
 	return err
@@ -169,13 +198,18 @@ func (d *diskStore) clean() error {
 			return err
 		}
 	}
+	// What is about to go may be what a power loss would bring back under the name of
+	// what took its place.
+	if err := syncDir(d.dir); err != nil {
+		return err
+	}
 	for _, pattern := range []string{"snap/*.tmp", "snap/tmp*", "wal.new", "wal.new.tmp", "wal.old", "boots.tmp", "removed.tmp", "synced.tmp", "aside.tmp"} {
-		names, err := filepath.Glob(filepath.Join(d.dir, pattern))
+		names, err := fs.Glob(os.DirFS(d.dir), pattern)
 		if err != nil {
 			return err
 		}
 		for _, n := range names {
-			if err := os.RemoveAll(n); err != nil {
+			if err := os.RemoveAll(filepath.Join(d.dir, n)); err != nil {
 				return err
 			}
 		}
@@ -326,22 +360,22 @@ func (d *diskStore) openSnapshot(index uint64) (snapFile, error) {
 		return snapFile{}, errors.Join(err, f.Close())
 	}
 	d.mu.sent++
-	return snapFile{sentFile{f, sync.OnceFunc(func() {
+	return snapFile{sentFile{f, sync.OnceValue(func() error {
 		d.mu.Lock()
 		d.mu.sent--
 		d.mu.Unlock()
+		return f.Close()
 	})}, info.Size()}, nil
 }
 
+// sentFile is closed twice: by net/http, and by rafthttp, which takes an error for a
+// snapshot that did not arrive.
 type sentFile struct {
 	*os.File
-	closed func()
+	close func() error
 }
 
-func (f sentFile) Close() error {
-	f.closed()
-	return f.File.Close()
-}
+func (f sentFile) Close() error { return f.close() }
 
 // snapshotHeader reads who and when of a snapshot file that was verified before.
 func (d *diskStore) snapshotHeader(index uint64) (snapHeader, error) {
@@ -454,7 +488,17 @@ func (d *diskStore) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
 	if !promises && len(ents) == 0 {
 		return nil // the commit index may be lost, and is found again
 	}
-	if err := errors.Join(d.wal.Sync(), d.setMark(syncMark{d.wal.Frames(), d.hard.Term}, promises)); err != nil {
+	return d.syncLog(promises)
+}
+
+// syncLog makes what was added to the log durable, and then notes that it is: a mark
+// that tells of what the log does not hold makes damage of the next start.
+func (d *diskStore) syncLog(promises bool) error {
+	err := d.wal.Sync()
+	if err == nil {
+		err = d.setMark(syncMark{d.wal.Frames(), d.hard.Term}, promises)
+	}
+	if err != nil {
 		return fmt.Errorf("%w: write log: %w", errDurability, err)
 	}
 	return nil
@@ -472,8 +516,8 @@ func (d *diskStore) addToLog(hs *raftpb.HardState, ents []*raftpb.Entry) {
 
 func (d *diskStore) saveSnapshot(m *raftpb.SnapshotMetadata) error {
 	d.wal.Snapshot(m.GetIndex(), m.GetTerm())
-	if err := errors.Join(d.wal.Sync(), d.setMark(syncMark{d.wal.Frames(), d.hard.Term}, false)); err != nil {
-		return fmt.Errorf("%w: write log: %w", errDurability, err)
+	if err := d.syncLog(false); err != nil {
+		return err
 	}
 	d.recorded = append(d.recorded, m.GetIndex())
 	return nil

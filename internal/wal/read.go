@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -39,13 +40,16 @@ type Visitor struct {
 
 // Exists says whether dir holds a log.
 func Exists(dir string) bool {
-	names, err := filepath.Glob(filepath.Join(dir, "*.wal"))
+	names, err := segmentNames(dir)
 	return err == nil && len(names) > 0
 }
 
+// segmentNames are the names in dir; dir itself is no pattern.
+func segmentNames(dir string) ([]string, error) { return fs.Glob(os.DirFS(dir), "*.wal") }
+
 // Settle is called before Read by whoever is going to Open the log: what Read then
 // finds is on disk, whatever ended the process before. A write that it did not sync
-// is synced. A write whose sync failed is forgotten: the kernel shows it to every
+// is synced, and so is the name of a segment. A write whose sync failed is forgotten: the kernel shows it to every
 // reader and takes it for clean, so that another sync would succeed and write nothing,
 // and on some file systems so would the same write once more. Only the newest segment
 // can hold either.
@@ -58,7 +62,7 @@ func Settle(dir string) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(datasync(f), forget(f), f.Close())
+	return errors.Join(datasync(f), forget(f), f.Close(), syncDir(dir))
 }
 
 // Read reads a log without changing it. An error that is ErrDamaged says where the
@@ -113,14 +117,14 @@ func Read(dir string, v Visitor) (Content, error) {
 
 // list finds the segments by name, oldest first.
 func list(dir string) ([]segment, error) {
-	names, err := filepath.Glob(filepath.Join(dir, "*.wal"))
+	names, err := segmentNames(dir)
 	if err != nil {
 		return nil, err
 	}
 	var out []segment
 	for _, n := range names {
-		s := segment{path: n}
-		if _, err := fmt.Sscanf(filepath.Base(n), "%016x-%016x.wal", &s.seq, &s.first); err == nil {
+		s := segment{path: filepath.Join(dir, n)}
+		if _, err := fmt.Sscanf(n, "%016x-%016x.wal", &s.seq, &s.first); err == nil {
 			out = append(out, s)
 		}
 	}

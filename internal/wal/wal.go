@@ -364,13 +364,14 @@ func (l *Log) head(s segment) []byte {
 	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
 }
 
-// Release lets go of the segments that hold no entry after index. Two of their files
-// are kept to be written over.
+// Release lets go of the segments that hold no entry from index on, and no record of
+// a snapshot of index, which comes after that entry. Two of their files are kept to
+// be written over.
 func (l *Log) Release(index uint64) error {
 	if l.broken != nil {
 		return l.broken
 	}
-	for len(l.segments) > 1 && l.segments[1].first <= index+1 {
+	for len(l.segments) > 1 && l.segments[1].first <= index {
 		old := l.segments[0]
 		l.segments = slices.Delete(l.segments, 0, 1)
 		if len(l.spares) >= maxSpares {
