@@ -962,6 +962,22 @@ func TestFullQueueDrops(t *testing.T) {
 	}
 }
 
+// An entry that takes the place of another is not on this disk yet.
+func TestSplitCommitted(t *testing.T) {
+	b := newBenchNode(t)
+	b.stable = 8
+	committed := []*raftpb.Entry{entry(3, 1), entry(4, 1), entry(5, 2), entry(6, 2)}
+	for _, x := range []struct {
+		brings []*raftpb.Entry
+		onDisk int
+	}{{nil, 4}, {[]*raftpb.Entry{entry(9, 2)}, 4}, {[]*raftpb.Entry{entry(5, 2), entry(6, 2)}, 2}, {[]*raftpb.Entry{entry(3, 2)}, 0}} {
+		onDisk, fresh := b.splitCommitted(raft.Ready{Entries: x.brings, CommittedEntries: committed})
+		if len(onDisk) != x.onDisk || len(fresh) != 4-x.onDisk {
+			t.Errorf("with %v: %d are on this disk, %d come", x.brings, len(onDisk), len(fresh))
+		}
+	}
+}
+
 func TestClusterInfo(t *testing.T) {
 	c := newCluster(t, 1, nil)
 	l := c.leader()

@@ -442,7 +442,7 @@ func (n *raftNode) ready() error {
 	n.send(early)
 
 	// What is on this disk already need not wait for the sync below.
-	onDisk, fresh := n.splitCommitted(rd.CommittedEntries)
+	onDisk, fresh := n.splitCommitted(rd)
 	n.publish(onDisk)
 	if err := n.persist(rd); err != nil {
 		return err
@@ -586,11 +586,16 @@ func (n *raftNode) send(ms []*raftpb.Message) {
 	n.tr.Send(plain)
 }
 
-// splitCommitted separates entries that this disk holds from those that rd
-// only brings: without asynchronous storage raft hands out both.
-func (n *raftNode) splitCommitted(ents []*raftpb.Entry) (onDisk, fresh []*raftpb.Entry) {
+// splitCommitted separates committed entries that this disk holds from those that
+// rd only brings, some in the place of others: without asynchronous storage raft
+// hands out both.
+func (n *raftNode) splitCommitted(rd raft.Ready) (onDisk, fresh []*raftpb.Entry) {
+	ents, held := rd.CommittedEntries, n.stable
+	if len(rd.Entries) > 0 {
+		held = min(held, rd.Entries[0].GetIndex()-1)
+	}
 	i := len(ents)
-	for i > 0 && ents[i-1].GetIndex() > n.stable {
+	for i > 0 && ents[i-1].GetIndex() > held {
 		i--
 	}
 	return ents[:i], ents[i:]
