@@ -149,6 +149,13 @@ func (c *cluster) tryStart(id uint64, wrap func(*diskStore) logStore) (*testNode
 		return nil, errors.Join(err, disk.close())
 	}
 	n.node.tr = c.net.attach(n)
+	n.node.ask = func(ctx context.Context, m member, without uint64) (*clusterInfo, error) {
+		end := c.net.route(id, m.ID, &raftpb.Message{})
+		if end == nil {
+			return nil, errors.New("unreachable")
+		}
+		return end.n.node.clusterInfo(ctx, without), nil
+	}
 	n.store = newKVStore(n.node, r, disk)
 	if r.snap.Index == 0 { // a joiner knows its peers from whoever let it in
 		peers := founders

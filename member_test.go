@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"maps"
@@ -505,6 +506,65 @@ func TestRemoveAtQuorumRisk(t *testing.T) {
 	}
 	l = c.nodes[l.id]
 	l.mustPut("k", "w")
+}
+
+// A process that hangs keeps its connections, and was heard of a moment ago: only an
+// answer to what is asked now counts. A refusal leaves the leader where it is.
+func TestRemovalRestsOnAnswers(t *testing.T) {
+	c := newCluster(t, 3, nil)
+	l, f := c.leader(), c.follower()
+	c.housekept()
+	hung := 6 - l.id - f.id
+	c.wait("an answer from before", func() (ok bool) {
+		l.mustGet("k", "v")
+		if err := l.node.do(c.ctx(), func() { ok = l.node.answered[hung] > 0 }); err != nil {
+			t.Fatal(err)
+		}
+		return ok
+	})
+	term := l.node.soft.Load().term
+	c.net.dropIf(func(m *raftpb.Message) bool { return m.GetFrom() == hung })
+	for _, x := range []struct {
+		asked *testNode
+		id    uint64
+	}{{l, f.id}, {l, l.id}, {f, l.id}, {f, f.id}} {
+		if err := x.asked.store.removeMember(c.ctx(), x.id, false); !errors.Is(err, errQuorumAtRisk) {
+			t.Errorf("member %d is asked to remove member %d while member %d hangs: %v", x.asked.id, x.id, hung, err)
+		}
+		if s := l.node.soft.Load(); s.lead != l.id || s.term != term || len(l.node.members.Load().Members) != 3 {
+			t.Fatalf("refused, and the leader was %d in term %d and now is %d in term %d, members %v", l.id, term, s.lead, s.term, l.node.members.Load())
+		}
+	}
+	if _, err := f.store.put(c.ctx(), "k", nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.store.removeMember(c.ctx(), hung, false); err != nil { // it may go itself
+		t.Fatalf("remove the member that hangs: %v", err)
+	}
+	c.net.dropIf(nil)
+	c.wantRemoved(hung)
+	c.check()
+}
+
+// Answers count for what was asked in the same term, and of members only.
+func TestAnswersCountInTheirTerm(t *testing.T) {
+	b := newBenchNode(t)
+	b.lead(t)
+	term := b.now.term
+	b.readSent = 9
+	for _, x := range []struct{ from, term, read uint64 }{{2, term, 5}, {2, term, 3}, {3, term - 1, 7}, {77, term, 7}} {
+		m := message(raftpb.MsgHeartbeatResp, x.from, x.term)
+		m.Context = binary.LittleEndian.AppendUint64(nil, x.read)
+		b.step(m)
+	}
+	if want := map[uint64]uint64{2: 5}; !maps.Equal(b.answered, want) {
+		t.Fatalf("answered %v, want %v", b.answered, want)
+	}
+	b.step(message(raftpb.MsgHeartbeat, 3, term+1))
+	b.settle(t)
+	if len(b.answered) != 0 {
+		t.Fatalf("answers %v of term %d count in term %d", b.answered, term, b.now.term)
+	}
 }
 
 // Two members are added at once on different members. Each answer is true.

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"path"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -201,8 +202,14 @@ type clusterInfo struct {
 	Members *membership `json:"membership"`
 	// CaughtUp: the learners that could be promoted now; only a leader knows.
 	CaughtUp []uint64 `json:"caught_up,omitempty"`
+	// Without is the member that was asked about, and AtRisk why the others would be no
+	// quorum of the living without it, if so; only a leader says.
+	Without uint64 `json:"without,string,omitempty"`
+	AtRisk  string `json:"at_risk,omitempty"`
 }
 
+// clusterInfoPath is also for those who do not know the cluster yet. With ?without=ID
+// it costs a round of heartbeats, and members alone may ask.
 const clusterInfoPath = "/pontoon/cluster"
 
 // peerHandler serves the peer port. rafthttp has the streams; what comes with a
@@ -278,12 +285,42 @@ func (n *raftNode) meet(hexID, hexCluster string) {
 }
 
 func (n *raftNode) serveCluster(w http.ResponseWriter, r *http.Request) {
-	info := clusterInfo{Member: n.id, Members: n.members.Load()}
-	if len(info.Members.Members) == 0 {
+	without := uint64(0)
+	if id := r.URL.Query().Get("without"); id != "" {
+		if !n.admit(w, r) {
+			return
+		}
+		var err error
+		if without, err = strconv.ParseUint(id, 10, 64); err != nil {
+			http.Error(w, "no member id", http.StatusBadRequest)
+			return
+		}
+	}
+	if len(n.members.Load().Members) == 0 {
 		http.Error(w, "this member waits for its first snapshot", http.StatusServiceUnavailable)
 		return
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), time.Second)
+	info := n.clusterInfo(r.Context(), without)
+	w.Header().Set("Content-Type", "application/json")
+	if err := json.NewEncoder(w).Encode(info); err != nil {
+		n.log.Debug("answer peer", zap.Error(err))
+	}
+}
+
+// clusterInfo is this member's answer; without is 0 or whom it is asked about.
+func (n *raftNode) clusterInfo(ctx context.Context, without uint64) *clusterInfo {
+	info := &clusterInfo{Member: n.id, Members: n.members.Load()}
+	if without != 0 {
+		leads, err := n.survives(ctx, without)
+		if errors.Is(err, errQuorumAtRisk) {
+			info.AtRisk = strings.TrimPrefix(err.Error(), errQuorumAtRisk.Error()+": ")
+			err = nil
+		}
+		if leads && (err == nil || errors.Is(err, errLastVoter)) { // the table itself refuses the last
+			info.Without = without
+		}
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
 	var caughtUp []uint64
 	if err := n.do(ctx, func() {
@@ -295,10 +332,7 @@ func (n *raftNode) serveCluster(w http.ResponseWriter, r *http.Request) {
 	}); err == nil { // else the closure may still run
 		info.CaughtUp = caughtUp
 	}
-	w.Header().Set("Content-Type", "application/json")
-	if err := json.NewEncoder(w).Encode(info); err != nil {
-		n.log.Debug("answer peer", zap.Error(err))
-	}
+	return info
 }
 
 // fetchCluster asks the peers of --cluster for the member table until one
@@ -402,6 +436,31 @@ func askPeer(ctx context.Context, c *http.Client, url string) (*clusterInfo, err
 	}
 	return fetchInfo(c, req, url)
 }
+
+// askMember asks another member of this cluster; without as in clusterInfo.
+func (n *raftNode) askMember(ctx context.Context, m member, without uint64) (*clusterInfo, error) {
+	url, c := m.PeerURLs[0], peerClient()
+	path := clusterInfoPath
+	if without != 0 {
+		path += "?without=" + strconv.FormatUint(without, 10)
+		c.Timeout += n.cfg.electionTimeout() // see survives
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	asMember(req, n.members.Load().ClusterID)
+	return fetchInfo(c, req, url)
+}
+
+// asMember adds the headers that admit asks for.
+func asMember(req *http.Request, cluster uint64) {
+	req.Header.Set("X-Etcd-Cluster-ID", types.ID(cluster).String())
+	req.Header.Set("X-Server-Version", peerVersion)
+}
+
+// peerVersion is what this member says where rafthttp does not speak for it; see compatible.
+const peerVersion = "3.7.0"
 
 func fetchInfo(c *http.Client, req *http.Request, url string) (*clusterInfo, error) {
 	resp, err := c.Do(req)

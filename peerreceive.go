@@ -48,20 +48,30 @@ func newPeerReceiver(n *raftNode) *peerReceiver {
 // errPeerBusy is answered 503: rafthttp reports it to raft, which tries again.
 var errPeerBusy = errors.New("this member is receiving as much as it can; send it again")
 
-// serve checks what all POSTs share, and answers with what receive returns.
-func (in *peerReceiver) serve(w http.ResponseWriter, r *http.Request, receive func(*http.Request) error) {
-	cluster := types.ID(in.members.Load().ClusterID).String()
+// admit lets members of this cluster pass, by what they say in their headers, and
+// answers others.
+func (n *raftNode) admit(w http.ResponseWriter, r *http.Request) bool {
+	cluster := types.ID(n.members.Load().ClusterID).String()
 	w.Header().Set("X-Etcd-Cluster-ID", cluster)
 	switch {
-	case r.Method != http.MethodPost:
+	case r.Header.Get("X-Etcd-Cluster-ID") != cluster:
+		http.Error(w, rafthttp.ErrClusterIDMismatch.Error(), http.StatusPreconditionFailed)
+	case !compatible(r.Header):
+		http.Error(w, "incompatible version", http.StatusPreconditionFailed) // rafthttp knows these words
+	default:
+		return true
+	}
+	return false
+}
+
+// serve checks what all POSTs share, and answers with what receive returns.
+func (in *peerReceiver) serve(w http.ResponseWriter, r *http.Request, receive func(*http.Request) error) {
+	if r.Method != http.MethodPost {
 		w.Header().Set("Allow", http.MethodPost)
 		http.Error(w, "Method Not Allowed", http.StatusMethodNotAllowed)
 		return
-	case r.Header.Get("X-Etcd-Cluster-ID") != cluster:
-		http.Error(w, rafthttp.ErrClusterIDMismatch.Error(), http.StatusPreconditionFailed)
-		return
-	case !compatible(r.Header):
-		http.Error(w, "incompatible version", http.StatusPreconditionFailed) // rafthttp knows these words
+	}
+	if !in.admit(w, r) {
 		return
 	}
 	err := receive(r)

@@ -53,10 +53,11 @@ type raftNode struct {
 	said *zap.Logger // log, but of each kind of line one in ten seconds: for what peers can cause at will
 	met  *nodeMetrics
 
-	// The two ways in which a node touches what a simulation (sim_test.go) has to
-	// own: set before anything runs, never changed.
+	// The ways in which a node touches what a simulation (sim_test.go) or a cluster
+	// in one process has to own: set before anything runs, never changed.
 	time  func() time.Time // the clock; only differences of it decide anything
 	spawn func(func())     // runs what may wait for others, beside the loop
+	ask   func(ctx context.Context, m member, without uint64) (*clusterInfo, error)
 
 	proposeC    chan *proposal       // full: proposers wait until their deadline
 	confChangeC chan *confProposal   // unbuffered: membership changes wait their turn
@@ -109,6 +110,7 @@ type raftNode struct {
 	dropped       bool              // raft dropped a proposal; wait for a tick, a commit or a leader
 	seq           uint64            // of the last own batch
 	lastSeen      map[uint64]uint64 // peer -> tick of its last message
+	answered      map[uint64]uint64 // member -> highest read context that it confirmed to this leader in this term
 	sending       map[uint64]uint64 // peer -> index of the snapshot on its way there
 	wanted        uint64            // tick at which a follower last waited for a snapshot
 	trimAgain     uint64            // tick at which to look again for log that can go, 0: none
@@ -153,10 +155,12 @@ func newRaftNode(cfg Config, boot uint64, r *recovered, store logStore, snaps sn
 		stopC:       make(chan struct{}),
 		doneC:       make(chan struct{}),
 		lastSeen:    map[uint64]uint64{},
+		answered:    map[uint64]uint64{},
 		sending:     map[uint64]uint64{},
 		leaving:     map[uint64]uint64{},
 		tended:      map[uint64]uint64{},
 	}
+	n.ask = n.askMember
 	n.mail.wake = make(chan struct{}, 1)
 	n.reads.init()
 	n.inflight.init(n.mail.nudge)
@@ -350,10 +354,18 @@ func (n *raftNode) step(m *raftpb.Message) {
 			return
 		}
 	case raftpb.MsgHeartbeatResp:
+		c := m.GetContext()
+		if len(c) != 8 {
+			break
+		}
 		// raft would count past the reads that it knows.
-		if c := m.GetContext(); len(c) == 8 && binary.LittleEndian.Uint64(c) > n.readSent && n.leads(m) {
+		read := binary.LittleEndian.Uint64(c)
+		if read > n.readSent && n.leads(m) {
 			n.refuse(m, "it confirms a read that was not asked")
 			return
+		}
+		if _, known := n.lastSeen[m.GetFrom()]; known && n.now.state == raft.StateLeader && n.now.term == m.GetTerm() {
+			n.answered[m.GetFrom()] = max(n.answered[m.GetFrom()], read)
 		}
 	}
 	n.give(m)
@@ -468,6 +480,7 @@ func (n *raftNode) observe(rd raft.Ready) {
 	if !raft.IsEmptyHardState(rd.HardState) {
 		if t := rd.HardState.GetTerm(); t != n.now.term {
 			n.now.term, n.readSent = t, 0
+			clear(n.answered)
 		}
 		n.progress.committed.Store(rd.HardState.GetCommit())
 	}

@@ -146,6 +146,7 @@ func (n *raftNode) reconnect(c memberChange) {
 	case c.Op == opRemove:
 		n.leaving[id] = n.ticks + 3 // time for the removed member to hear of it
 		delete(n.lastSeen, id)
+		delete(n.answered, id)
 	case c.Op == opUpdate && len(c.Member.PeerURLs) > 0:
 		n.tr.UpdatePeer(types.ID(id), c.Member.PeerURLs)
 	}
@@ -220,7 +221,8 @@ func (n *raftNode) caughtUp(id uint64) (ok bool) {
 
 // alive says whether a member was heard of lately and is connected. Only a
 // leader hears from everybody, and a new one has not yet; connections notice at
-// once when a process dies, but not when it hangs.
+// once when a process dies, but not when it hangs. What must not be wrong asks
+// survives.
 func (n *raftNode) alive(id uint64) bool {
 	if id == n.id {
 		return true
@@ -232,6 +234,44 @@ func (n *raftNode) alive(id uint64) bool {
 		}
 	}
 	return n.peerActive(id)
+}
+
+// survives says whether the voters that are left without member id could go on.
+// Only a leader knows, and only of what it asks: it waits, for an election time-out
+// at most, until enough of them have answered a heartbeat that left after the call.
+func (n *raftNode) survives(ctx context.Context, id uint64) (leads bool, err error) {
+	patience := time.NewTimer(n.cfg.electionTimeout())
+	defer patience.Stop()
+	look := time.NewTicker(max(n.cfg.TickInterval/10, time.Millisecond))
+	defer look.Stop()
+	var term, asked uint64
+	for {
+		leads, risk := false, error(nil)
+		if n.do(ctx, func() {
+			if leads = n.now.state == raft.StateLeader; !leads {
+				return
+			}
+			if term != n.now.term {
+				term, asked = n.now.term, n.readSent
+			}
+			risk = n.members.Load().mayRemove(id, func(v uint64) bool { return v == n.id || n.answered[v] > asked })
+		}) != nil {
+			return false, errNotProposed // the closure may still run
+		}
+		if !leads || risk == nil {
+			return leads, nil
+		}
+		n.reads.join() // its heartbeats are the question
+		select {
+		case <-look.C:
+		case <-patience.C:
+			return true, risk
+		case <-ctx.Done():
+			return true, risk
+		case <-n.doneC:
+			return false, errStopping
+		}
+	}
 }
 
 // successor is the member that this leader would hand over to: the voter that
@@ -318,21 +358,53 @@ func (s *kvstore) addMember(ctx context.Context, spec memberSpec) (api.Member, b
 // removeMember takes a member out. An absent id is no error: the caller's wish
 // is fulfilled.
 func (s *kvstore) removeMember(ctx context.Context, id uint64, force bool) error {
-	check := func(m *membership) error {
+	check := func(*membership) error {
 		if force {
 			return nil
 		}
-		var err error
-		if derr := s.node.do(ctx, func() { err = m.mayRemove(id, s.node.alive) }); derr != nil {
-			return derr
-		}
-		return err
+		return s.mayRemove(ctx, id)
 	}
 	remove := memberChange{Op: opRemove, Member: member{ID: id}}
 	if s.leader() == id {
+		if err := check(nil); err != nil { // a refusal leaves the leader where it is
+			return err
+		}
 		s.moveLeaderFrom(ctx, id)
 	}
 	return ignoreNoChange(s.changeMembers(ctx, remove, check))
+}
+
+// mayRemove refuses a removal that could cost the quorum, as the leader sees it.
+func (s *kvstore) mayRemove(ctx context.Context, id uint64) error {
+	for {
+		changed := s.node.leaderChange()
+		if leads, err := s.node.survives(ctx, id); leads || err != nil {
+			return err
+		}
+		leader, ok := s.node.members.Load().get(s.leader())
+		if ok && leader.ID != s.node.id {
+			info, err := s.node.ask(ctx, leader, id)
+			switch {
+			case err == nil && info.Without == id && info.AtRisk != "":
+				return fmt.Errorf("%w: %s", errQuorumAtRisk, info.AtRisk)
+			case err == nil && info.Without == id:
+				return nil
+			case s.leader() == leader.ID:
+				if err == nil {
+					err = errors.New("it does not say; do all members run the same version?")
+				}
+				return fmt.Errorf("%w: the leader, member %d, cannot be asked who is alive: %v; send it the request", errQuorumAtRisk, leader.ID, err)
+			}
+			continue
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return errNoLeader
+		case <-s.node.doneC:
+			return errStopping
+		}
+	}
 }
 
 // moveLeaderFrom spares the cluster the election that the removal of its leader
@@ -394,7 +466,7 @@ func (s *kvstore) learnerReady(ctx context.Context, id uint64) (ready bool, err 
 	if !ok {
 		return false, errNoLeader
 	}
-	info, err := askPeer(ctx, peerClient(), leader.PeerURLs[0])
+	info, err := s.node.ask(ctx, leader, 0)
 	if err != nil {
 		return false, fmt.Errorf("%w: member %d: the leader cannot be asked: %v", errLearnerBehind, id, err)
 	}
