@@ -567,6 +567,37 @@ func TestAnswersCountInTheirTerm(t *testing.T) {
 	}
 }
 
+// Whoever names no id gets one, however many ask at once.
+func TestConcurrentAddsWithoutID(t *testing.T) {
+	c := newCluster(t, 3, nil)
+	c.leader()
+	const adds = 6
+	type answer struct {
+		id  uint64
+		err error
+	}
+	answers := make(chan answer, adds)
+	for i := range uint64(adds) {
+		go func() {
+			m, _, err := c.nodes[i%3+1].store.addMember(c.ctx(), memberSpec{PeerURL: testURL(50 + i), Learner: true})
+			answers <- answer{m.ID, err}
+		}()
+	}
+	ids := map[uint64]bool{}
+	for range adds {
+		a := <-answers
+		if a.err != nil || ids[a.id] {
+			t.Errorf("member %d: %v; others got %v", a.id, a.err, ids)
+		}
+		ids[a.id] = true
+	}
+	// A URL that is taken is no matter of ids.
+	if _, _, err := c.leader().store.addMember(c.ctx(), memberSpec{PeerURL: testURL(50)}); !errors.Is(err, errMemberExists) {
+		t.Errorf("a URL twice: %v", err)
+	}
+	c.agree()
+}
+
 // Two members are added at once on different members. Each answer is true.
 func TestConcurrentAdds(t *testing.T) {
 	c := newCluster(t, 3, nil)

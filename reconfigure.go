@@ -348,6 +348,14 @@ func (s *kvstore) addMember(ctx context.Context, spec memberSpec) (api.Member, b
 		m.ID = s.node.members.Load().nextID()
 	}
 	err = s.changeMembers(ctx, memberChange{Op: opAdd, Member: m}, nil)
+	for errors.Is(err, errMemberExists) && spec.ID == 0 {
+		next := s.node.members.Load().nextID()
+		if next == m.ID {
+			break // it is not the id that is taken
+		}
+		m.ID = next
+		err = s.changeMembers(ctx, memberChange{Op: opAdd, Member: m}, nil)
+	}
 	if errors.Is(err, errNoChange) {
 		old, _ := s.node.members.Load().get(m.ID)
 		return s.describe(old), false, nil
