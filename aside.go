@@ -390,7 +390,12 @@ func (n *raftNode) serveAside(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "POST it", http.StatusMethodNotAllowed)
 		return
 	}
-	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 1<<10)).Decode(&req); err != nil || n.members.Load().index(req.Member) < 0 {
+	if !n.admit(w, r) {
+		n.met.refusedMessages.Inc()
+		return
+	}
+	err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 1<<10)).Decode(&req)
+	if err != nil || n.members.Load().index(req.Member) < 0 || req.Term == 0 || req.Term > n.soft.Load().term+maxTermJump {
 		n.met.refusedMessages.Inc()
 		http.Error(w, fmt.Sprintf("not a member that stands aside (%v)", err), http.StatusBadRequest)
 		return
@@ -436,7 +441,7 @@ func (s *server) askToYield(ctx context.Context) {
 			if m.ID == s.cfg.ID || len(m.PeerURLs) == 0 {
 				continue
 			}
-			info, err := postAside(ctx, m.PeerURLs[0], body)
+			info, err := postAside(ctx, m.PeerURLs[0], peers.ClusterID, body)
 			if err != nil || info.Members.ClusterID != peers.ClusterID {
 				s.log.Debug("ask to hand over", zap.Uint64("member", m.ID), zap.Error(err))
 				continue
@@ -456,10 +461,11 @@ func (s *server) askToYield(ctx context.Context) {
 	}
 }
 
-func postAside(ctx context.Context, url string, body []byte) (*clusterInfo, error) {
+func postAside(ctx context.Context, url string, cluster uint64, body []byte) (*clusterInfo, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url+asidePath, bytes.NewReader(body))
 	if err != nil {
 		return nil, err
 	}
+	asMember(req, cluster)
 	return fetchInfo(peerClient(), req, url)
 }

@@ -1,8 +1,10 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -10,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"go.etcd.io/etcd/client/pkg/v3/types"
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 )
@@ -369,6 +372,56 @@ func TestYieldTo(t *testing.T) {
 }
 
 // The rules one by one, on a loop without a disk: T is 5.
+// Leadership moves for a member of this cluster that stands aside, and for nobody else.
+func TestWhoMayAskToYield(t *testing.T) {
+	c := newCluster(t, 3, func(cfg *Config) { cfg.ElectionTicks = 20 })
+	l := c.leader()
+	c.housekept()
+	c.quiet()
+	srv, tr := peerPort(t, l)
+	f, term := l.id%3+1, l.node.soft.Load().term
+	ask := func(cluster types.ID, version string, req asideRequest) int {
+		r, err := http.NewRequest(http.MethodPost, srv.URL+asidePath, bytes.NewReader(marshalJSON(t, req)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Header.Set("X-Etcd-Cluster-ID", cluster.String())
+		r.Header.Set("X-Server-Version", version)
+		resp, err := srv.Client().Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		return resp.StatusCode
+	}
+	l.unhurt(t, func() {
+		for _, x := range []struct {
+			name    string
+			cluster types.ID
+			version string
+			req     asideRequest
+			want    int
+		}{
+			{"another cluster", tr.ClusterID + 1, peerVersion, asideRequest{f, term}, 412},
+			{"no version", tr.ClusterID, "", asideRequest{f, term}, 412},
+			{"no member", tr.ClusterID, peerVersion, asideRequest{77, term}, 400},
+			{"a term that no election reaches", tr.ClusterID, peerVersion, asideRequest{f, term + maxTermJump + 1}, 400},
+			{"no term", tr.ClusterID, peerVersion, asideRequest{f, 0}, 400},
+			{"an older term", tr.ClusterID, peerVersion, asideRequest{f, term - 1}, 200},
+		} {
+			if status := ask(x.cluster, x.version, x.req); status != x.want {
+				t.Errorf("%s: %d, want %d", x.name, status, x.want)
+			}
+		}
+	})
+	info, err := postAside(c.ctx(), srv.URL, uint64(tr.ClusterID), marshalJSON(t, asideRequest{f, term}))
+	if err != nil || info.Member != l.id {
+		t.Fatalf("%+v, %v", info, err)
+	}
+	c.wait("a later term", func() bool { return l.node.soft.Load().term > term })
+	c.check()
+}
+
 func TestAsideRules(t *testing.T) {
 	b := newBenchNode(t)
 	ended := 0
