@@ -65,7 +65,7 @@ const (
 	maxLogBytesHeld     = 1 << 30   // log kept in memory while a snapshot travels
 	proposeQueue        = 4096      // capacity of proposeC; proposers beyond it wait until their deadline
 	recvQueue           = 4096      // capacity of recvC; peers' messages beyond it are dropped and counted
-	maxReceived         = 256 << 20 // bytes of entries in recvC; the same
+	maxReceived         = 256 << 20 // bytes of messages in recvC; the same
 	maxOffered          = 256 << 20 // bytes of commands in proposeC; more are answered 429
 	commitQueue         = 64        // capacity of commitC; the raft loop waits beyond it
 	maxHeldProposals    = 1024      // forwarded proposals parked while leadership moves

@@ -30,6 +30,7 @@ import (
 	stats "go.etcd.io/etcd/server/v3/etcdserver/api/v2stats"
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
 	"pontoon/kv"
@@ -228,7 +229,7 @@ func TestPeerPortBoundsMemory(t *testing.T) {
 // The queue before the loop is bounded in bytes as well.
 func TestReceivedBytesAreBounded(t *testing.T) {
 	b := newBenchNode(t)
-	const rest = 4 << 10
+	const rest = 64 << 10
 	b.received.Store(maxReceived - rest) // by others
 	big := func() *raftpb.Message {
 		m := message(raftpb.MsgApp, 2, 5)
@@ -241,14 +242,32 @@ func TestReceivedBytesAreBounded(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if len(b.recvC) != 4 {
+	if len(b.recvC) != 3 { // of a quarter of the room and somewhat more
 		t.Fatalf("%d messages of a quarter of the room wait", len(b.recvC))
 	}
 	for len(b.recvC) > 0 {
 		b.taken(<-b.recvC)
 	}
-	if err := b.Process(context.Background(), big()); err != nil || len(b.recvC) != 1 || b.received.Load() != maxReceived-rest+rest/4 {
+	if err := b.Process(context.Background(), big()); err != nil || len(b.recvC) != 1 || b.received.Load() != maxReceived-rest+messageBytes(big()) {
 		t.Fatalf("%v; %d messages of %d bytes wait after the queue was emptied", err, len(b.recvC), b.received.Load())
+	}
+	// All that a message holds counts, whatever field it is in.
+	b.taken(<-b.recvC)
+	empty := message(raftpb.MsgApp, 2, 5)
+	empty.Index, empty.LogTerm = new(uint64(1)), new(uint64(1))
+	for i := range uint64(1000) {
+		empty.Entries = append(empty.Entries, &raftpb.Entry{Index: new(2 + i), Term: new(uint64(5))})
+	}
+	unknown := message(raftpb.MsgVote, 2, 5)
+	unknown.ProtoReflect().SetUnknown(protowire.AppendBytes(protowire.AppendTag(nil, 100, protowire.BytesType), make([]byte, rest)))
+	inEntry := message(raftpb.MsgApp, 2, 5)
+	inEntry.Index, inEntry.LogTerm = new(uint64(1)), new(uint64(1))
+	inEntry.Entries = []*raftpb.Entry{{Index: new(uint64(2)), Term: new(uint64(5))}}
+	inEntry.Entries[0].ProtoReflect().SetUnknown(unknown.ProtoReflect().GetUnknown())
+	for name, m := range map[string]*raftpb.Message{"entries without data": empty, "a field that nobody knows": unknown, "the same in an entry": inEntry} {
+		if err := b.Process(context.Background(), m); err != nil || len(b.recvC) != 0 || b.received.Load() != maxReceived-rest {
+			t.Errorf("%s: %v; %d wait", name, err, len(b.recvC))
+		}
 	}
 	prop := message(raftpb.MsgProp, 2, 0)
 	prop.Entries = []*raftpb.Entry{{Data: make([]byte, rest/4)}}

@@ -63,10 +63,6 @@ func (n *raftNode) validateMessage(m *raftpb.Message) error {
 		return validateAppend(m)
 	case raftpb.MsgSnap:
 		return n.validateSnapshot(m)
-	case raftpb.MsgHeartbeat, raftpb.MsgHeartbeatResp:
-		if c := len(m.GetContext()); c != 0 && c != 8 {
-			return fmt.Errorf("heartbeat context of %d bytes", c)
-		}
 	case raftpb.MsgReadIndex, raftpb.MsgReadIndexResp:
 		if e := m.GetEntries(); len(e) != 1 || e[0] == nil || len(e[0].GetData()) == 0 || len(e[0].GetData()) > 64 {
 			return errors.New("read index without one short context")
@@ -90,12 +86,31 @@ func (n *raftNode) validateEnvelope(m *raftpb.Message) error {
 	case n.IsIDRemoved(from):
 		return fmt.Errorf("message from member %d, which was removed", from)
 	}
+	if !fitsContext(m) {
+		return fmt.Errorf("%v with a context of %d bytes", m.GetType(), len(m.GetContext()))
+	}
+	if m.Snapshot != nil && m.GetType() != raftpb.MsgSnap {
+		return fmt.Errorf("%v with a snapshot", m.GetType())
+	}
 	// raft sets the term of every message but these, and panics if it has to
 	// forward one of these that carries a term.
 	if local := m.GetType() == raftpb.MsgProp || m.GetType() == raftpb.MsgReadIndex; local != (m.GetTerm() == 0) {
 		return fmt.Errorf("%v of term %d", m.GetType(), m.GetTerm())
 	}
 	return nil
+}
+
+// fitsContext: raft gives a context to heartbeats, which it reads as a number, and to
+// votes. Reads carry theirs as an entry.
+func fitsContext(m *raftpb.Message) bool {
+	c := m.GetContext()
+	switch m.GetType() {
+	case raftpb.MsgHeartbeat, raftpb.MsgHeartbeatResp:
+		return len(c) == 0 || len(c) == 8
+	case raftpb.MsgVote, raftpb.MsgPreVote:
+		return len(c) == 0 || string(c) == "CampaignTransfer"
+	}
+	return len(c) == 0
 }
 
 var batches = sync.Pool{New: func() any { return new(kv.Batch) }}

@@ -269,6 +269,7 @@ func TestRefusedMessages(t *testing.T) {
 		"a vote in the last term":      message(raftpb.MsgVote, 2, 1<<64-1),
 		"a vote in half the last term": message(raftpb.MsgVote, 2, 1<<63),
 		"a heartbeat in the last term": message(raftpb.MsgHeartbeat, 2, 1<<64-1),
+		"a vote with a snapshot":       with(message(raftpb.MsgVote, 2, 5), func(m *raftpb.Message) { m.Snapshot = &raftpb.Snapshot{} }),
 		"a refusal in the last term":   with(message(raftpb.MsgAppResp, 2, 1<<64-2), func(m *raftpb.Message) { m.Reject = new(true) }),
 	}
 	for _, typ := range []raftpb.MessageType{raftpb.MsgHup, raftpb.MsgBeat, raftpb.MsgUnreachable, raftpb.MsgSnapStatus, raftpb.MsgCheckQuorum,
@@ -281,8 +282,9 @@ func TestRefusedMessages(t *testing.T) {
 		}
 	}
 	for size := range 20 {
-		if size != 0 && size != 8 {
-			for _, typ := range []raftpb.MessageType{raftpb.MsgHeartbeat, raftpb.MsgHeartbeatResp} {
+		for typ := range fromPeers {
+			heartbeat := typ == raftpb.MsgHeartbeat || typ == raftpb.MsgHeartbeatResp
+			if size != 0 && !(size == 8 && heartbeat) {
 				bad[fmt.Sprintf("%v with %d bytes of context", typ, size)] = with(message(typ, 2, 5), func(m *raftpb.Message) { m.Context = make([]byte, size) })
 			}
 		}
@@ -310,14 +312,15 @@ func TestRefusedMessages(t *testing.T) {
 	}
 	ownBatch := kv.AppendBatch(nil, 2, 1, 1, kv.AppendCommand(nil, &kv.Command{Op: kv.OpPut, Key: "k"}))
 	good := map[string]*raftpb.Message{
-		"proposal":   prop(&raftpb.Entry{Type: raftpb.EntryNormal.Enum(), Data: ownBatch}),
-		"change":     prop(typed(raftpb.EntryConfChangeV2, marshal(cc))),
-		"read":       read([]byte("0123456789abcdef")),
-		"append":     app(1, 1, entry(2, 1), entry(3, 5)),
-		"snapshot":   meta(10, 2, own),
-		"heartbeat":  with(message(raftpb.MsgHeartbeat, 2, 5), func(m *raftpb.Message) { m.Context = make([]byte, 8) }),
-		"transfer":   message(raftpb.MsgTransferLeader, 1, 5), // names who shall lead
-		"a new peer": message(raftpb.MsgVote, 77, 5),          // we may not have heard of it yet
+		"proposal":                     prop(&raftpb.Entry{Type: raftpb.EntryNormal.Enum(), Data: ownBatch}),
+		"change":                       prop(typed(raftpb.EntryConfChangeV2, marshal(cc))),
+		"read":                         read([]byte("0123456789abcdef")),
+		"append":                       app(1, 1, entry(2, 1), entry(3, 5)),
+		"snapshot":                     meta(10, 2, own),
+		"heartbeat":                    with(message(raftpb.MsgHeartbeat, 2, 5), func(m *raftpb.Message) { m.Context = make([]byte, 8) }),
+		"transfer":                     message(raftpb.MsgTransferLeader, 1, 5), // names who shall lead
+		"a new peer":                   message(raftpb.MsgVote, 77, 5),          // we may not have heard of it yet
+		"a vote for the leader's heir": with(message(raftpb.MsgVote, 2, 5), func(m *raftpb.Message) { m.Context = []byte("CampaignTransfer") }),
 	}
 	for name, m := range good {
 		if err := b.validateMessage(m); err != nil {

@@ -15,6 +15,7 @@ import (
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
+	"google.golang.org/protobuf/proto"
 
 	"pontoon/internal/wait"
 	"pontoon/kv"
@@ -74,7 +75,7 @@ type raftNode struct {
 	soft        atomic.Pointer[soft] // published: who leads, which term
 	changed     broadcast            // tells that soft changed
 	offered     atomic.Int64         // bytes of commands in proposeC; they stay there while the disk hangs, whether their callers wait or not
-	received    atomic.Int64         // bytes of entries in recvC
+	received    atomic.Int64         // bytes of messages in recvC, see messageBytes
 	members     atomic.Pointer[membership]
 	strangers   struct {
 		sync.Mutex
@@ -710,24 +711,35 @@ func (n *raftNode) Process(ctx context.Context, m *raftpb.Message) error {
 		n.met.refusedMessages.Inc()
 		return badMessage{err}
 	}
-	size := entryBytes(m.GetEntries())
-	if n.received.Add(int64(size)) <= maxReceived {
+	size := messageBytes(m)
+	if n.received.Add(size) <= maxReceived {
 		select {
 		case n.recvC <- m:
 			return nil
 		default:
 		}
 	}
-	n.received.Add(-int64(size))
+	n.received.Add(-size)
 	n.met.droppedMessages.Inc()
 	return nil
 }
 
 // taken is a message that has left recvC.
 func (n *raftNode) taken(m *raftpb.Message) *raftpb.Message {
-	n.received.Add(-int64(entryBytes(m.GetEntries())))
+	n.received.Add(-messageBytes(m))
 	return m
 }
+
+// messageBytes is what a message costs in recvC: all that came on the wire, fields
+// that nobody knows included, and Go's objects around it.
+func messageBytes(m *raftpb.Message) int64 {
+	return int64(messageObject + len(m.GetEntries())*entryObject + proto.Size(m))
+}
+
+const (
+	messageObject = 384 // bytes of a Message and of the numbers that it points to
+	entryObject   = 160 // the same of an Entry, with its place in Entries
+)
 
 // IsIDRemoved is asked by the transport before it answers a peer (rafthttp.Raft).
 func (n *raftNode) IsIDRemoved(id uint64) bool { return n.members.Load().isRemoved(id) }
