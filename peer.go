@@ -241,6 +241,7 @@ func (n *raftNode) peerHandler(next http.Handler) http.Handler {
 				http.Error(w, "malformed request", http.StatusBadRequest)
 			}
 		}()
+		readUntil(http.NewResponseController(w), time.Now().Add(peerPatience))
 		switch r.URL.Path {
 		case clusterInfoPath:
 			n.serveCluster(w, r)

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"sync"
 	"time"
 
 	"github.com/coreos/go-semver/semver"
@@ -29,11 +30,16 @@ import (
 const (
 	smallMessage     = 64 << 10         // larger messages take a place
 	largeMessages    = 8                // received at once; more are answered 503, and raft sends again
+	peerPace         = 64 << 10         // bytes of a message that buy it another second of time
 	maxSnapMessage   = 1 << 20          // the message before a snapshot: metadata and members
 	snapshotsAtOnce  = 4                // as above; one leader sends one
 	snapshotProgress = 30 * time.Second // in which at least snapshotPiece of a snapshot has to come
 	snapshotPiece    = 256 << 10
 )
+
+// peerPatience is the time in which a request of a peer has to come, but for what
+// peerPace adds and the file of a snapshot. Only tests change it.
+var peerPatience = 10 * time.Second
 
 // peerReceiver takes what peers send. Its channels are semaphores.
 type peerReceiver struct {
@@ -65,7 +71,7 @@ func (n *raftNode) admit(w http.ResponseWriter, r *http.Request) bool {
 }
 
 // serve checks what all POSTs share, and answers with what receive returns.
-func (in *peerReceiver) serve(w http.ResponseWriter, r *http.Request, receive func(*http.Request) error) {
+func (in *peerReceiver) serve(w http.ResponseWriter, r *http.Request, receive func(*http.Request, *peerBody) error) {
 	if r.Method != http.MethodPost {
 		w.Header().Set("Allow", http.MethodPost)
 		http.Error(w, "Method Not Allowed", http.StatusMethodNotAllowed)
@@ -74,7 +80,7 @@ func (in *peerReceiver) serve(w http.ResponseWriter, r *http.Request, receive fu
 	if !in.admit(w, r) {
 		return
 	}
-	err := receive(r)
+	err := receive(r, &peerBody{r.Body, http.NewResponseController(w), time.Now().Add(peerPatience)})
 	status := http.StatusBadRequest
 	switch {
 	case err == nil:
@@ -98,9 +104,75 @@ func compatible(h http.Header) bool {
 	return err == nil && v.Major == 3
 }
 
+// peerBody is a body that has to come as a whole until a deadline, which moves by as
+// much as the bytes that came have bought. It goes on to hold when a body was refused:
+// net/http reads what is left of a short one.
+type peerBody struct {
+	io.Reader
+	conn  *http.ResponseController
+	until time.Time
+}
+
+func (b *peerBody) Read(p []byte) (int, error) {
+	n, err := b.Reader.Read(p)
+	b.until = b.until.Add(time.Duration(n) * time.Second / peerPace)
+	readUntil(b.conn, b.until)
+	return n, err
+}
+
+// readUntil sets the deadline of a request. Where that cannot be, there is no
+// connection that could be held: a test calls the handler.
+func readUntil(conn *http.ResponseController, t time.Time) { _ = conn.SetReadDeadline(t) }
+
+// peerConn is a connection that a peer has opened. Each read and write has to come to
+// something within rafthttp's time-outs. Its own connections forget at each read what
+// deadline net/http or a handler had set: a byte now and then would hold a place for ever.
+type peerConn struct {
+	placedConn
+	mu struct {
+		sync.Mutex
+		until time.Time // what was set last; zero: nothing
+	}
+}
+
+func (c *peerConn) Read(p []byte) (int, error) {
+	if err := c.armRead(func() {}); err != nil {
+		return 0, err
+	}
+	return c.Conn.Read(p)
+}
+
+// SetReadDeadline is also for the read under way.
+func (c *peerConn) SetReadDeadline(t time.Time) error {
+	return c.armRead(func() { c.mu.until = t })
+}
+
+func (c *peerConn) armRead(change func()) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	change()
+	until := time.Now().Add(rafthttp.ConnReadTimeout)
+	if !c.mu.until.IsZero() && c.mu.until.Before(until) {
+		until = c.mu.until
+	}
+	return c.Conn.SetReadDeadline(until)
+}
+
+func (c *peerConn) Write(p []byte) (int, error) {
+	if err := c.Conn.SetWriteDeadline(time.Now().Add(rafthttp.ConnWriteTimeout)); err != nil {
+		return 0, err
+	}
+	return c.Conn.Write(p)
+}
+
+// SetDeadline is that of net.Conn, for both halves; only net/http calls it.
+func (c *peerConn) SetDeadline(t time.Time) error {
+	return errors.Join(c.SetReadDeadline(t), c.Conn.SetWriteDeadline(t))
+}
+
 // message takes one message.
-func (in *peerReceiver) message(r *http.Request) error {
-	body, err := io.ReadAll(io.LimitReader(r.Body, smallMessage))
+func (in *peerReceiver) message(r *http.Request, b *peerBody) error {
+	body, err := io.ReadAll(io.LimitReader(b, smallMessage))
 	if err == nil && len(body) == smallMessage {
 		select {
 		case in.large <- struct{}{}:
@@ -109,7 +181,7 @@ func (in *peerReceiver) message(r *http.Request) error {
 			return errPeerBusy
 		}
 		var rest []byte
-		rest, err = io.ReadAll(io.LimitReader(r.Body, maxPeerFrame-smallMessage+1))
+		rest, err = io.ReadAll(io.LimitReader(b, maxPeerFrame-smallMessage+1))
 		body = append(body, rest...)
 	}
 	switch {
@@ -142,14 +214,14 @@ func decodeMessage(b []byte) (*raftpb.Message, error) {
 // snapshot takes a message of a snapshot, its length before it, and the file
 // behind it. The file is checked while it comes, so that what is none ends early,
 // and gets its name only when all of it was good.
-func (in *peerReceiver) snapshot(r *http.Request) error {
+func (in *peerReceiver) snapshot(r *http.Request, b *peerBody) error {
 	select {
 	case in.snapshots <- struct{}{}:
 		defer func() { <-in.snapshots }()
 	default:
 		return errPeerBusy
 	}
-	m, err := readSnapMessage(r.Body)
+	m, err := readSnapMessage(b)
 	if err != nil {
 		return err
 	}
@@ -161,6 +233,8 @@ func (in *peerReceiver) snapshot(r *http.Request) error {
 	}
 	index := m.GetSnapshot().GetMetadata().GetIndex()
 	start := time.Now()
+	readUntil(b.conn, time.Time{})                                    // what follows has a pace of its own
+	defer func() { readUntil(b.conn, time.Now().Add(time.Second)) }() // but not once it is refused
 	body := &snapBody{Reader: r.Body, room: in.roomForSnapshot, since: start}
 	if err := in.snaps.receiveSnapshot(index, body, func(h snapHeader) error { return in.snapshotFits(m, h) }); err != nil {
 		in.said.Error("refused a snapshot", zap.Uint64("from", m.GetFrom()), zap.Uint64("index", index), zap.Error(err))

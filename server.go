@@ -7,7 +7,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/pprof"
-	"net/url"
 	"slices"
 	"strconv"
 	"strings"
@@ -253,10 +252,10 @@ func (s *server) startTransport(clusterID uint64, peers *membership) error {
 	return nil
 }
 
-// listenPeer opens the peer port. Its connections have time-outs on progress,
-// not on whole requests: a snapshot may take long.
+// listenPeer opens the peer port. Its connections have time-outs on progress; how
+// long a request may take is up to its handler, as a snapshot may take long.
 func listenPeer(addr string, maxConns int) (net.Listener, error) {
-	l, err := rafthttp.NewListener(url.URL{Scheme: "http", Host: addr}, nil)
+	l, err := net.Listen("tcp", addr)
 	if err != nil {
 		hint := "correct this node's URL in --cluster, or listen elsewhere with --listen-peer"
 		if errors.Is(err, syscall.EADDRINUSE) {
@@ -265,7 +264,9 @@ func listenPeer(addr string, maxConns int) (net.Listener, error) {
 		return nil, fmt.Errorf("peer address %s cannot be used: %w; %s", addr, unwrapOp(err), hint)
 	}
 	b := newBoundedListener(l, maxConns)
-	b.wrap = func(c net.Conn, release func()) net.Conn { return &placedConn{Conn: c, release: release} } // it has deadlines
+	b.wrap = func(c net.Conn, release func()) net.Conn {
+		return &peerConn{placedConn: placedConn{Conn: c, release: release}}
+	}
 	return b, nil
 }
 
