@@ -178,6 +178,9 @@ type apiCall struct {
 }
 
 func (a *httpAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if r.ProtoMajor > 1 {
+		w = &streamWriter{ResponseWriter: w, deadlines: http.NewResponseController(w)}
+	}
 	c := apiCall{api: a, w: w, r: r, start: time.Now(), bodyPending: r.ContentLength != 0}
 	c.deadline = c.start.Add(a.l.DefaultTimeout)
 	defer c.observe()

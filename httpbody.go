@@ -260,6 +260,55 @@ func (c *apiCall) writeEntry(e *kv.Entry, revision int64) {
 	_, _ = c.w.Write(e.Value) // an error here means that the client left
 }
 
+// streamWriter ends an HTTP/2 stream whose client does not read, as clientConn ends
+// a connection: a stream has no bound of its own, since the connection below it may
+// get on well with others. What net/http keeps of an answer until the handler has
+// returned goes out under the deadline of its last Write.
+//
+// One goroutine writes. Whoever else sets a deadline (streamCutter) sets one that has
+// passed, which no later one revives.
+type streamWriter struct {
+	http.ResponseWriter
+	deadlines *http.ResponseController // of the stream
+	until     time.Time                // the write deadline in force; zero: none
+}
+
+// Unwrap is for http.ResponseController.
+func (s *streamWriter) Unwrap() http.ResponseWriter { return s.ResponseWriter }
+
+func (s *streamWriter) Write(p []byte) (written int, err error) {
+	for {
+		s.arm()
+		n, err := s.ResponseWriter.Write(p[:min(len(p), writePiece)])
+		written += n
+		if p = p[n:]; err != nil || len(p) == 0 {
+			return written, err
+		}
+	}
+}
+
+// FlushError leaves no deadline behind, as net/http would end a stream that waits for
+// something to send.
+func (s *streamWriter) FlushError() error {
+	s.arm()
+	err := s.deadlines.Flush()
+	s.setUntil(time.Time{})
+	return err
+}
+
+// arm does what clientConn.Write does: it sets a deadline only where less than half
+// of one is left.
+func (s *streamWriter) arm() {
+	if now := time.Now(); s.until.Sub(now) < writeProgress/2 {
+		s.setUntil(now.Add(writeProgress))
+	}
+}
+
+func (s *streamWriter) setUntil(t time.Time) {
+	s.until = t
+	_ = s.deadlines.SetWriteDeadline(t) // a writer without deadlines is that of a test
+}
+
 // bounded is the context of a call that waits on the store. A request that nobody
 // can cancel, as on the short path, shares its context with those that began in
 // the same moment: a timer for each costs as much as a read.

@@ -8,7 +8,6 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
-	"time"
 	"unicode/utf8"
 
 	"pontoon/api"
@@ -347,11 +346,6 @@ func (p *pieces) send() {
 	if p.c.r.Method == http.MethodHead {
 		p.err = io.EOF // the header is all there is to send
 		return
-	}
-	if p.c.r.ProtoMajor == 2 {
-		// A stream has no bound of its own on a reader that stands still;
-		// a connection has one (clientConn).
-		_ = http.NewResponseController(p.c.w).SetWriteDeadline(time.Now().Add(writeProgress))
 	}
 	_, p.err = p.c.w.Write(p.buf) // an error here means that the client left
 	p.buf = p.buf[:0]

@@ -1,8 +1,11 @@
 package main
 
 import (
+	"bufio"
 	"context"
+	"encoding/binary"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"strconv"
@@ -140,6 +143,117 @@ func TestStalledWatchEnds(t *testing.T) {
 			})
 		}
 	}
+}
+
+// stalledStream asks for target by HTTP/2 as a client that grants its stream no byte
+// of the answer's body, and tells how the server ends the stream: RST_STREAM, or
+// nothing within ten minutes.
+func stalledStream(t *testing.T, h http.Handler, method, target, headers, body string) (after time.Duration, reset bool) {
+	t.Helper()
+	c := pipeServer(t, h)
+	frame := func(kind, flags byte, stream uint32, payload string) string {
+		head := binary.BigEndian.AppendUint32(nil, uint32(len(payload))<<8|uint32(kind))
+		return string(binary.BigEndian.AppendUint32(append(head, flags), stream)) + payload
+	}
+	field := func(name, value string) string { // literal, not indexed (RFC 7541, section 6.2.2)
+		return "\x00" + string(rune(len(name))) + name + string(rune(len(value))) + value
+	}
+	fields := field(":method", method) + field(":scheme", "http") + field(":path", target) + field(":authority", "h")
+	if name, value, ok := strings.Cut(headers, ": "); ok {
+		fields += field(strings.ToLower(name), value)
+	}
+	const endStream, endHeaders, initialWindow = 1, 4, "\x00\x04\x00\x00\x00\x00"
+	request := frame(1, endHeaders|endStream, 1, fields)
+	if body != "" {
+		request = frame(1, endHeaders, 1, fields) + frame(0, endStream, 1, body)
+	}
+	start := time.Now()
+	c.SetDeadline(start.Add(10 * time.Minute))
+	go c.Write([]byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, initialWindow) + request))
+	for {
+		var head [9]byte
+		if _, err := io.ReadFull(c.r, head[:]); err != nil {
+			return time.Since(start), false
+		}
+		if _, err := io.CopyN(io.Discard, c.r, int64(binary.BigEndian.Uint32(head[:])>>8)); err != nil {
+			return time.Since(start), false
+		}
+		switch head[3] {
+		case 0:
+			t.Errorf("%s %s: DATA without a window", method, target)
+		case 3:
+			return time.Since(start), true
+		}
+	}
+}
+
+// A client of HTTP/2 that takes nothing of its answer loses the stream, whatever it
+// has asked for, as one of HTTP/1.1 loses the connection.
+func TestStalledStreamEnds(t *testing.T) {
+	for _, row := range []struct{ method, target, headers, body string }{
+		{"GET", "/v1/kv/small", "", ""},
+		{"GET", "/v1/kv/a", "", ""},
+		{"GET", "/v1/kv/a", "Accept: application/json", ""},
+		{"GET", "/v1/kv/none", "", ""},
+		{"GET", "/v1/kv", "", ""},
+		{"GET", "/v1/kv", "Accept: application/x-ndjson", ""},
+		{"GET", "/v1/kv/a?history=9", "", ""},
+		{"POST", "/v1/txn", "", `{"then":[{"get":{"prefix":"","all":true,"limit":3}}]}`},
+		{"GET", "/v1/watch?initial=true", "", ""},
+		{"GET", "/v1/watch?from=1", "", ""},
+		{"GET", "/v1/status", "", ""},
+		{"GET", "/metrics", "", ""},
+	} {
+		t.Run(row.method+" "+row.target+row.headers, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				h, b := newTwinAPI(t, testLimits())
+				b.do(put("small", "x"), put("a", strings.Repeat("x", 1<<20)), put("b", strings.Repeat("\xff", 1<<20)))
+				after, reset := stalledStream(t, h, row.method, row.target, row.headers, row.body)
+				if !reset || after > writeProgress {
+					t.Errorf("after %v: reset %v; want a reset within %v", after, reset, writeProgress)
+				}
+				synctest.Wait()
+				if n := h.m.watchers.Load() + h.m.inFlight.Load() + int64(b.hub.Len()); n != 0 {
+					t.Errorf("%d watchers or slots are left", n)
+				}
+			})
+		})
+	}
+}
+
+// What has nothing to send waits as long as it likes, and a slow reader gets all.
+func TestIdleStreamLives(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h, b := newTwinAPI(t, testLimits())
+		b.do(put("a", "x"))
+		resp := pipeHTTP2(t, h, "/v1/watch?initial=true")
+		defer resp.Body.Close()
+		lines := bufio.NewReader(resp.Body)
+		for i := range 3 {
+			if line, err := lines.ReadString('\n'); err != nil {
+				t.Fatalf("message %d: %q, %v", i, line, err)
+			}
+			<-time.After(10 * writeProgress)
+			b.do(put("a", "y"))
+		}
+	})
+	synctest.Test(t, func(t *testing.T) {
+		h, b := newTwinAPI(t, testLimits())
+		b.do(put("a", strings.Repeat("x", 64<<20)))
+		resp := pipeHTTP2(t, h, "/v1/kv/a")
+		defer resp.Body.Close()
+		start, all := time.Now(), 0
+		for buf := make([]byte, 1<<20); ; {
+			n, err := io.ReadFull(resp.Body, buf)
+			if all += n; err != nil {
+				break
+			}
+			<-time.After(5 * time.Second)
+		}
+		if all != 64<<20 || time.Since(start) < 10*writeProgress {
+			t.Errorf("%d bytes within %v", all, time.Since(start))
+		}
+	})
 }
 
 // A stream that ended in time leaves no deadline behind for the next answer on
