@@ -243,7 +243,7 @@ func (c *apiCall) serve() error {
 	case routeRange:
 		return c.onHeap((*apiCall).serveRange)
 	case routeTxn:
-		return c.serveTxn()
+		return c.onHeap((*apiCall).serveTxn)
 	case routeWatch:
 		return c.onHeap((*apiCall).serveWatch)
 	case routeLeases, routeLeaseID:

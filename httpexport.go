@@ -133,12 +133,10 @@ func (c *apiCall) exportEntries(p *pieces, v *kv.View, items *int64) error {
 	flush := http.NewResponseController(c.w)
 	v.Ascend(c.opt.span, func(e kv.Entry) bool {
 		shown := listEntry(&e, c.opt.keys)
-		p.buf = append(shown.AppendJSON(p.buf), '\n')
+		p.entry(&shown)
+		p.buf = append(p.buf, '\n')
 		*items++
-		if len(p.buf) < pieceBytes {
-			return true
-		}
-		if p.send(); p.err == nil {
+		if len(p.buf) == 1 && p.err == nil { // the entry went out
 			p.err = flush.Flush()
 		}
 		return p.err == nil

@@ -2,15 +2,20 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"math"
+	"net/http"
+	"net/http/httptest"
 	"reflect"
 	"strings"
 	"testing"
 	"time"
 	"unicode/utf8"
+
+	"pontoon/kv"
 )
 
 // anyJSON reads a value of whatever kind stands there, which only tests want:
@@ -240,4 +245,61 @@ func appendASCII(s string) []byte {
 func jsonEscape(c rune) string {
 	const digits = "0123456789aBcDeF"
 	return `\u` + string([]byte{digits[c>>12&15], digits[c>>8&15], digits[c>>4&15], digits[c&15]})
+}
+
+// pieceWriter takes an answer, and notes its largest piece.
+type pieceWriter struct {
+	h       http.Header
+	largest int
+	body    bytes.Buffer
+	cancel  func() // ends a watch once the answer is there; nil: none
+}
+
+func (w *pieceWriter) Header() http.Header { return w.h }
+func (w *pieceWriter) WriteHeader(int)     {}
+func (w *pieceWriter) Write(p []byte) (int, error) {
+	w.largest = max(w.largest, len(p))
+	return w.body.Write(p)
+}
+func (w *pieceWriter) FlushError() error {
+	if w.cancel != nil && w.body.Len() > 0 {
+		w.cancel()
+	}
+	return nil
+}
+
+// However large a value and its text are, what waits for a client that reads slowly
+// is one piece; and the pieces make up the text that encoding all of it makes.
+func TestLargeAnswersAreWrittenInPieces(t *testing.T) {
+	for _, unit := range []string{"\x00", "x", "\xff", "\"", "ü", "日本", "a\nb"} {
+		h, b := newTwinAPI(t, testLimits())
+		e := kv.Entry{Key: "k", Value: []byte(strings.Repeat(unit, (1<<20)/len(unit))), CreateRevision: 1, ModRevision: 1, Version: 1}
+		b.do(put("k", string(e.Value)))
+		entry := apiEntry(&e)
+		for _, row := range []struct{ method, target, accept, body string }{
+			{"GET", "/v1/kv/k", "application/json", ""},
+			{"GET", "/v1/kv", "", ""},
+			{"GET", "/v1/kv", "application/x-ndjson", ""},
+			{"GET", "/v1/kv/k?history=1", "", ""},
+			{"POST", "/v1/txn", "", `{"then":[{"get":{"key":"k"}}]}`},
+			{"GET", "/v1/watch?initial=true", "", ""},
+			{"GET", "/v1/watch?from=1", "", ""},
+		} {
+			ctx, cancel := context.WithCancel(t.Context())
+			r := httptest.NewRequestWithContext(ctx, row.method, row.target, strings.NewReader(row.body))
+			r.Header.Set("Accept", row.accept)
+			w := &pieceWriter{h: http.Header{}}
+			if strings.Contains(row.target, "watch") {
+				w.cancel = cancel
+			}
+			h.ServeHTTP(w, r)
+			cancel()
+			if text := entry.AppendJSON(nil); !bytes.Contains(w.body.Bytes(), text) {
+				t.Errorf("%s of %q is %d bytes, and not what encodes the entry: %.60q", row.target, unit, w.body.Len(), w.body.Bytes())
+			}
+			if w.largest > maxPooledBuffer {
+				t.Errorf("%s of %q: a piece of %d bytes", row.target, unit, w.largest)
+			}
+		}
+	}
 }

@@ -410,7 +410,20 @@ func (c *apiCall) writeEntryJSON(e *kv.Entry, revision int64) {
 	c.writeJSONEntry(http.StatusOK, e)
 }
 
+// writeJSONEntry sends a large value in pieces: its text can be six times as long.
 func (c *apiCall) writeJSONEntry(status int, e *kv.Entry) {
+	if len(e.Value) > wholeValue {
+		shown := apiEntry(e)
+		_ = c.onHeap(func(c *apiCall) error {
+			p := c.startPieces(headerJSON)
+			p.status = status
+			p.entry(&shown)
+			p.buf = append(p.buf, '\n')
+			p.done()
+			return nil
+		})
+		return
+	}
 	buf := c.api.buffers.Get().(*[]byte)
 	defer c.api.putBuffer(buf)
 	*buf = append(appendEntry((*buf)[:0], e, true), '\n')

@@ -182,8 +182,7 @@ func (c *apiCall) writePage(page *kv.Page, next string) {
 			p.buf = append(p.buf, ',')
 		}
 		e := listEntry(&page.Items[i], c.opt.keys)
-		p.buf = e.AppendJSON(p.buf)
-		if !p.next() {
+		if !p.entry(&e) {
 			return
 		}
 	}
@@ -275,8 +274,7 @@ func (c *apiCall) keyHistory(key string) error {
 		if i > 0 {
 			p.buf = append(p.buf, ',')
 		}
-		p.buf = items[i].AppendJSON(p.buf)
-		if !p.next() {
+		if !p.entry(&items[i]) {
 			return nil
 		}
 	}
@@ -312,16 +310,20 @@ type pieces struct {
 	c      *apiCall
 	buf    []byte
 	pooled *[]byte
+	status int
 	begun  bool // the header is out
 	err    error
 }
 
-const pieceBytes = 48 << 10 // sent once there are so many; well below maxPooledBuffer
+const (
+	pieceBytes = 48 << 10 // sent once there are so many; well below maxPooledBuffer
+	wholeValue = 8 << 10  // of an entry; larger ones are encoded part by part
+)
 
 func (c *apiCall) startPieces(contentType []string) *pieces {
 	c.w.Header()["Content-Type"] = contentType
 	c.safetyHeaders()
-	p := &pieces{c: c, pooled: c.api.buffers.Get().(*[]byte)}
+	p := &pieces{c: c, pooled: c.api.buffers.Get().(*[]byte), status: http.StatusOK}
 	p.buf = (*p.pooled)[:0]
 	return p
 }
@@ -335,19 +337,36 @@ func (p *pieces) next() bool {
 	return p.err == nil
 }
 
+// entry adds an entry, and reports what next does.
+func (p *pieces) entry(e *api.Entry) bool {
+	if len(e.Value) <= wholeValue {
+		p.buf = e.AppendJSON(p.buf)
+	} else {
+		p.buf = e.StreamJSON(p.buf, p.spill)
+	}
+	return p.next()
+}
+
+// spill sends what there is of a large value.
+func (p *pieces) spill(buf []byte) []byte {
+	p.buf = buf
+	p.next()
+	return p.buf
+}
+
+// send empties the buffer, also where nobody reads any more.
 func (p *pieces) send() {
-	if p.err != nil {
-		return
-	}
-	if !p.begun {
+	if p.err == nil && !p.begun {
 		p.begun = true
-		p.c.writeHeader(http.StatusOK)
+		p.c.writeHeader(p.status)
 	}
-	if p.c.r.Method == http.MethodHead {
+	switch {
+	case p.err != nil:
+	case p.c.r.Method == http.MethodHead:
 		p.err = io.EOF // the header is all there is to send
-		return
+	default:
+		_, p.err = p.c.w.Write(p.buf) // an error here means that the client left
 	}
-	_, p.err = p.c.w.Write(p.buf) // an error here means that the client left
 	p.buf = p.buf[:0]
 }
 

@@ -46,7 +46,7 @@ func acceptsSSE(r *http.Request) bool {
 
 // changeStream encodes changes and writes them in pieces. A change may be larger
 // than any buffer (a range delete of a million keys), so that it is encoded event by
-// event and never held whole.
+// event, a large value part by part, and never held whole.
 //
 // It belongs to one handler. While nothing is on its way it holds no buffer.
 type changeStream struct {
@@ -101,11 +101,23 @@ func (s *changeStream) event(e *kv.Event) {
 		b = append(b, ',')
 	}
 	s.first = false
-	*s.buf = shown.AppendJSON(b)
+	if len(shown.Entry.Value)+len(prev.Value) <= wholeValue {
+		*s.buf = shown.AppendJSON(b)
+	} else {
+		*s.buf = shown.StreamJSON(b, s.spill)
+	}
 	s.events++
 	if len(*s.buf) >= streamPiece {
 		s.write()
 	}
+}
+
+// spill writes what there is of a large event.
+func (s *changeStream) spill(b []byte) []byte {
+	if *s.buf = b; len(b) >= streamPiece {
+		s.write()
+	}
+	return *s.buf
 }
 
 // end closes the change with its flags, which are JSON members with a leading comma.

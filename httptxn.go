@@ -28,11 +28,10 @@ func (c *apiCall) serveTxn() error {
 	if err != nil {
 		return err
 	}
-	buf := c.api.buffers.Get().(*[]byte)
-	defer c.api.putBuffer(buf)
-	*buf = append(appendTxnResult((*buf)[:0], txn, &res), '\n')
 	c.w.Header()["Kv-Revision"] = []string{strconv.FormatInt(res.Revision, 10)}
-	c.writeJSONBytes(http.StatusOK, *buf)
+	p := c.startPieces(headerJSON)
+	p.txnResult(txn, &res)
+	p.done()
 	return nil
 }
 
@@ -321,42 +320,43 @@ func (r *txnReader) checkSpan(seen jsonSeen, span kv.Span, all bool) error {
 	return nil
 }
 
-// appendTxnResult appends the JSON of an api.TxnResult. It is written by hand
-// because gets return up to 4 MiB, which encoding/json would go through twice.
-func appendTxnResult(dst []byte, txn *kv.Txn, res *kv.Result) []byte {
+// txnResult writes an api.TxnResult. It is written by hand because gets return up
+// to 4 MiB, which encoding/json would go through twice.
+func (p *pieces) txnResult(txn *kv.Txn, res *kv.Result) {
 	branch := txn.Then
 	if !res.Txn.Succeeded {
 		branch = txn.Else
 	}
-	dst = strconv.AppendBool(append(dst, `{"succeeded":`...), res.Txn.Succeeded)
-	dst = strconv.AppendInt(append(dst, `,"revision":`...), res.Revision, 10)
-	dst = append(dst, `,"results":[`...)
+	p.buf = strconv.AppendBool(append(p.buf, `{"succeeded":`...), res.Txn.Succeeded)
+	p.buf = strconv.AppendInt(append(p.buf, `,"revision":`...), res.Revision, 10)
+	p.buf = append(p.buf, `,"results":[`...)
 	for i := range res.Txn.Ops {
 		if i > 0 {
-			dst = append(dst, ',')
+			p.buf = append(p.buf, ',')
 		}
-		dst = appendOpResult(dst, &branch[i], &res.Txn.Ops[i])
+		p.opResult(&branch[i], &res.Txn.Ops[i])
 	}
-	return append(dst, `]}`...)
+	p.buf = append(p.buf, "]}\n"...)
 }
 
-func appendOpResult(dst []byte, op *kv.TxnOp, res *kv.OpResult) []byte {
+func (p *pieces) opResult(op *kv.TxnOp, res *kv.OpResult) {
 	switch op.Op {
 	case kv.OpPut:
-		dst = appendEntry(append(dst, `{"put":`...), &res.Entry, false) // the client has the value
+		p.buf = appendEntry(append(p.buf, `{"put":`...), &res.Entry, false) // the client has the value
 	case kv.OpDeleteRange:
-		dst = strconv.AppendInt(append(dst, `{"delete":{"deleted":`...), res.Deleted, 10)
-		dst = append(dst, '}')
+		p.buf = strconv.AppendInt(append(p.buf, `{"delete":{"deleted":`...), res.Deleted, 10)
+		p.buf = append(p.buf, '}')
 	case kv.OpGet:
-		dst = strconv.AppendInt(append(dst, `{"get":{"count":`...), int64(res.Count), 10)
-		dst = append(dst, `,"items":[`...)
+		p.buf = strconv.AppendInt(append(p.buf, `{"get":{"count":`...), int64(res.Count), 10)
+		p.buf = append(p.buf, `,"items":[`...)
 		for i := range res.Items {
 			if i > 0 {
-				dst = append(dst, ',')
+				p.buf = append(p.buf, ',')
 			}
-			dst = appendEntry(dst, &res.Items[i], !op.KeysOnly)
+			e := listEntry(&res.Items[i], op.KeysOnly)
+			p.entry(&e)
 		}
-		dst = append(dst, `]}`...)
+		p.buf = append(p.buf, `]}`...)
 	}
-	return append(dst, '}')
+	p.buf = append(p.buf, '}')
 }

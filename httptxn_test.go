@@ -216,7 +216,9 @@ func TestTxnResultIsReadBack(t *testing.T) {
 	}}}
 	txn := &kv.Txn{Else: []kv.TxnOp{{Op: kv.OpPut}, {Op: kv.OpDeleteRange}, {Op: kv.OpGet}, {Op: kv.OpGet, KeysOnly: true}}}
 	var got api.TxnResult
-	text := appendTxnResult(nil, txn, &res)
+	p := pieces{c: &apiCall{}}
+	p.txnResult(txn, &res)
+	text := p.buf
 	if err := json.Unmarshal(text, &got); err != nil {
 		t.Fatalf("%v in %s", err, text)
 	}
@@ -269,7 +271,9 @@ func FuzzTxn(f *testing.F) {
 			return
 		}
 		var shape api.TxnResult
-		text := appendTxnResult(nil, txn, &res)
+		p := pieces{c: &apiCall{}}
+		p.txnResult(txn, &res)
+		text := p.buf
 		if err := json.Unmarshal(text, &shape); err != nil || shape.Results == nil {
 			t.Fatalf("%q: answer %s: %v", body, text, err)
 		}

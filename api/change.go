@@ -30,11 +30,14 @@ func (c *Change) AppendJSON(dst []byte) []byte {
 }
 
 // AppendJSON appends the JSON object of the event to dst.
-func (e *Event) AppendJSON(dst []byte) []byte {
+func (e *Event) AppendJSON(dst []byte) []byte { return e.StreamJSON(dst, nil) }
+
+// StreamJSON is AppendJSON that need not hold all of it, as [Entry.StreamJSON].
+func (e *Event) StreamJSON(dst []byte, spill func([]byte) []byte) []byte {
 	dst = AppendString(append(dst, `{"type":`...), e.Type)
-	dst = e.Entry.AppendJSON(append(dst, `,"entry":`...))
+	dst = e.Entry.StreamJSON(append(dst, `,"entry":`...), spill)
 	if e.Prev != nil {
-		dst = e.Prev.AppendJSON(append(dst, `,"prev":`...))
+		dst = e.Prev.StreamJSON(append(dst, `,"prev":`...), spill)
 	}
 	return append(dst, '}')
 }

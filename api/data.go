@@ -25,10 +25,15 @@ type Entry struct {
 }
 
 // AppendJSON appends the JSON object of the entry to dst.
-func (e *Entry) AppendJSON(dst []byte) []byte {
+func (e *Entry) AppendJSON(dst []byte) []byte { return e.StreamJSON(dst, nil) }
+
+// StreamJSON is AppendJSON that need not hold all of a large value: every few
+// kilobytes of it, spill gets what dst has become, may send it, and returns what to
+// append to. A nil spill takes nothing.
+func (e *Entry) StreamJSON(dst []byte, spill func([]byte) []byte) []byte {
 	dst = AppendBytes(append(dst, '{'), "key", e.Key)
 	if e.Value != nil {
-		dst = AppendBytes(append(dst, ','), "value", e.Value)
+		dst = streamBytes(append(dst, ','), "value", e.Value, spill)
 	}
 	for _, f := range [...]struct {
 		name  string
@@ -65,6 +70,28 @@ func AppendBytes[T string | []byte](dst []byte, name string, b T) []byte {
 	return append(dst, '"')
 }
 
+// spillEvery is a multiple of 3, so that the base64 of the parts is that of the whole.
+const spillEvery = 3 << 9
+
+// streamBytes is AppendBytes in parts.
+func streamBytes(dst []byte, name string, b []byte, spill func([]byte) []byte) []byte {
+	if spill == nil || len(b) <= spillEvery {
+		return AppendBytes(dst, name, b)
+	}
+	dst = append(append(dst, '"'), name...)
+	encode := appendEscaped[[]byte]
+	if isText(b) {
+		dst = append(dst, `":"`...)
+	} else {
+		dst = append(dst, `_b64":"`...)
+		encode = base64.StdEncoding.AppendEncode
+	}
+	for ; len(b) > spillEvery; b = b[spillEvery:] {
+		dst = spill(encode(dst, b[:spillEvery]))
+	}
+	return append(encode(dst, b), '"')
+}
+
 // isText does without a conversion, which would copy a value to look at it.
 func isText[T string | []byte](b T) bool {
 	switch b := any(b).(type) {
@@ -81,7 +108,12 @@ const hexDigits = "0123456789abcdef"
 // AppendString appends s, which is valid UTF-8, as a JSON string (RFC 8259,
 // section 7). Only what must be escaped is.
 func AppendString[T string | []byte](dst []byte, s T) []byte {
-	dst = append(dst, '"')
+	return append(appendEscaped(append(dst, '"'), s), '"')
+}
+
+// appendEscaped appends what stands between the quotes. It looks at single bytes, so
+// that it may be called with any part of a text.
+func appendEscaped[T string | []byte](dst []byte, s T) []byte {
 	plain := 0 // start of the bytes that are not copied yet
 	for i := range len(s) {
 		c := s[i]
@@ -103,7 +135,7 @@ func AppendString[T string | []byte](dst []byte, s T) []byte {
 			dst = append(dst, '\\', 'u', '0', '0', hexDigits[c>>4], hexDigits[c&15])
 		}
 	}
-	return append(append(dst, s[plain:]...), '"')
+	return append(dst, s[plain:]...)
 }
 
 // MarshalJSON implements json.Marshaler.
