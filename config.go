@@ -73,6 +73,7 @@ const (
 	maxExports          = 8         // exports under way, each holds a clone of the state; more are answered 429
 	maxTxnBytes         = 4 << 20   // body of a transaction
 	maxBodyBytes        = 256 << 20 // bodies of clients, on their way in or waiting for raft; more are answered 429
+	maxAnswerBytes      = 256 << 20 // large answers on their way to clients; more are answered 429
 	maxPeerConns        = 256       // connections of peers, who need ten each; more wait to be accepted
 	promoteLag          = 32        // a learner this many entries behind the commit is caught up
 )

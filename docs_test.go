@@ -597,6 +597,7 @@ func TestDocsLimits(t *testing.T) {
 		{"exports under way on a member", docCount(maxExports)},
 		{"requests that wait on a member", docCount(c.MaxInFlight) + " (`--max-in-flight`)"},
 		{"bodies under way on a member, beyond the first " + docBytes(minBodyBuffer) + " of each", docBytes(int64(maxBodyBytes))},
+		{"what answers of more than " + docBytes(smallAnswer) + " hold on a member until they are read", docBytes(int64(maxAnswerBytes))},
 		{"connections to a member", docCount(c.MaxConns) + " (`--max-connections`), or the limit of open files less " + docCount(fileReserve)},
 		{"`timeout=`", c.DefaultTimeout.String() + " by default, " + c.MaxTimeout.String() + " at most"},
 		{"`Prefer: wait=`", docCount(maxWaitSeconds) + " seconds"},

@@ -95,6 +95,7 @@ type limits struct {
 	MaxTimeout     time.Duration // the most timeout= may ask for
 	MaxConns       int           // open client connections
 	MaxBodyBytes   int64         // bodies under way, together
+	MaxAnswerBytes int64         // answers under way, together; one larger than that is let through alone
 	MaxExports     int           // exports under way; more get 429
 	MaxTxnBytes    int64         // the body of a transaction, or of an import that is atomic or has an idempotency key
 }
@@ -144,6 +145,7 @@ type httpAPI struct {
 	exports, imports atomic.Int64 // under way
 	deadlines        sharedDeadlines
 	bodies           bodyRoom
+	answers          answerRoom
 }
 
 // newHTTPAPI serves b within l; gather is what /metrics shows.
@@ -171,6 +173,7 @@ type apiCall struct {
 	status      int           // what was answered; 0: nothing yet
 	counted     int           // what metrics say instead, if not 0
 	room        int64         // of bodyRoom
+	held        int64         // of answerRoom
 	answered    time.Duration // of a watch: how long its answer took to begin; 0: count until the end
 
 	read readOptions
@@ -204,6 +207,9 @@ func (c *apiCall) observe() {
 	c.api.m.observe(c.route, c.r.Method, status, took)
 	if c.room > 0 {
 		c.api.bodies.bytes.Add(-c.room)
+	}
+	if c.held > 0 {
+		c.api.answers.give(c.held)
 	}
 }
 

@@ -243,7 +243,7 @@ func short(b []byte) string {
 func testLimits() limits {
 	return limits{MaxKeyBytes: 4096, MaxValueBytes: 1 << 20, MaxInFlight: 16,
 		DefaultTimeout: 5 * time.Second, MaxTimeout: time.Minute, MaxConns: 64, MaxBodyBytes: 64 << 20,
-		MaxExports: 4, MaxTxnBytes: 4 << 20}
+		MaxAnswerBytes: 64 << 20, MaxExports: 4, MaxTxnBytes: 4 << 20}
 }
 
 // testAPI is a handler with its backend and metrics.

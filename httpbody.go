@@ -6,9 +6,11 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"math"
 	"net/http"
 	"os"
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"time"
 	"unicode/utf8"
@@ -50,6 +52,109 @@ func (c *apiCall) takeRoom(n int) error {
 	}
 	c.room += int64(n)
 	return nil
+}
+
+// smallAnswer is an answer that always has room: a client's own socket holds as much.
+const smallAnswer = 64 << 10
+
+// answerRoom is what large answers may hold together until their clients have read
+// them: values, which a later write would free, and entries of pages. What is encoded
+// of them comes on top, a piece each.
+type answerRoom struct {
+	mu struct {
+		sync.Mutex
+		bytes int64
+		freed chan struct{} // closed when some are given back; nil: nobody waits
+	}
+}
+
+// take reports whether there is room for n bytes more; if not, freed tells when to try
+// again.
+func (r *answerRoom) take(n, most int64) (ok bool, freed <-chan struct{}) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.mu.bytes == 0 || r.mu.bytes+n <= most {
+		r.mu.bytes += n
+		return true, nil
+	}
+	if r.mu.freed == nil {
+		r.mu.freed = make(chan struct{})
+	}
+	return false, r.mu.freed
+}
+
+func (r *answerRoom) give(n int64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.mu.bytes -= n
+	if r.mu.freed != nil {
+		close(r.mu.freed)
+		r.mu.freed = nil
+	}
+}
+
+// holdAnswer makes room for an answer that holds n bytes; the call gives it back at
+// its end. Whoever waits for it waits until the call's deadline, and holds little: one
+// value, and no slot.
+func (c *apiCall) holdAnswer(n int64, waits bool) error {
+	if n <= smallAnswer {
+		return nil
+	}
+	ctx, cancel := c.bounded()
+	defer cancel()
+	for {
+		ok, freed := c.api.answers.take(n, c.api.l.MaxAnswerBytes)
+		if ok {
+			c.held += n
+			return nil
+		}
+		if waits {
+			select {
+			case <-freed:
+				continue
+			case <-ctx.Done():
+			}
+		}
+		return c.noAnswerRoom()
+	}
+}
+
+func (c *apiCall) noAnswerRoom() error {
+	return &httpRefusal{err: errOverloaded, detail: "the answers under way on this member hold " + strconv.FormatInt(c.api.l.MaxAnswerBytes, 10) + " bytes, the limit"}
+}
+
+// holdResult is holdAnswer for the result of a command, which nothing can refuse any
+// more. Before it was proposed, hasAnswerRoom said that there is some.
+func (c *apiCall) holdResult(n int64) {
+	if n > smallAnswer {
+		c.api.answers.take(n, math.MaxInt64)
+		c.held += n
+	}
+}
+
+func (c *apiCall) hasAnswerRoom() bool {
+	r := &c.api.answers
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.mu.bytes < c.api.l.MaxAnswerBytes
+}
+
+// listedBytes is what an entry of a page takes besides its key and value.
+const listedBytes = 128
+
+func pageBytes(p *kv.Page) int64 {
+	n := entriesBytes(p.Items)
+	for _, s := range p.Prefixes {
+		n += int64(len(s)) + listedBytes/8
+	}
+	return n
+}
+
+func entriesBytes(items []kv.Entry) (n int64) {
+	for i := range items {
+		n += int64(len(items[i].Key)+len(items[i].Value)) + listedBytes
+	}
+	return n
 }
 
 // readBody appends the body to buf, which is empty. It never holds more than limit+1

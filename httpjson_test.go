@@ -273,7 +273,7 @@ func (w *pieceWriter) FlushError() error {
 func TestLargeAnswersAreWrittenInPieces(t *testing.T) {
 	for _, unit := range []string{"\x00", "x", "\xff", "\"", "ü", "日本", "a\nb"} {
 		h, b := newTwinAPI(t, testLimits())
-		e := kv.Entry{Key: "k", Value: []byte(strings.Repeat(unit, (1<<20)/len(unit))), CreateRevision: 1, ModRevision: 1, Version: 1}
+		e := kv.Entry{Key: "k", Value: []byte(strings.Repeat(unit, (1<<18)/len(unit))), CreateRevision: 1, ModRevision: 1, Version: 1}
 		b.do(put("k", string(e.Value)))
 		entry := apiEntry(&e)
 		for _, row := range []struct{ method, target, accept, body string }{

@@ -69,8 +69,14 @@ func (c *apiCall) getKey(key string) error {
 		}
 		return err
 	}
+	matches := c.opt.has(optIfNoneMatch) && matchesTag(&c.opt.noneMatch, e.ModRevision)
+	if len(e.Value) > smallAnswer && !matches {
+		if err := c.holdAnswer(int64(len(e.Value)), true); err != nil {
+			return err
+		}
+	}
 	switch {
-	case c.opt.has(optIfNoneMatch) && matchesTag(&c.opt.noneMatch, e.ModRevision):
+	case matches:
 		setRevisions(c.w.Header(), e.ModRevision, revision)
 		c.writeHeader(http.StatusNotModified)
 	case c.route == routeKV && c.prefersJSON():

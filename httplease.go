@@ -76,14 +76,26 @@ func (c *apiCall) getLease(id int64) error {
 		info, err = c.api.b.lease(ctx, id, c.read)
 		return err
 	})
+	if err == nil {
+		err = c.holdAnswer(keysBytes(info.keys), false)
+	}
 	if err != nil {
 		return err
 	}
 	return c.writeJSON(http.StatusOK, apiLease(&info))
 }
 
+// keysBytes is about what the names of keys take as JSON.
+func keysBytes(keys []string) (n int64) {
+	for _, key := range keys {
+		n += 2 * int64(len(key))
+	}
+	return n
+}
+
 // keepLeaseAlive answers with the lease as the keep-alive left it. The names of
-// its keys are no part of the command's result; they are those of the moment.
+// its keys are no part of the command's result; they are those of the moment, and
+// left out where large answers have no room: a lease has to be kept alive then, too.
 func (c *apiCall) keepLeaseAlive(id int64) error {
 	if err := c.parseOptions(optIdempotency); err != nil {
 		return err
@@ -105,7 +117,9 @@ func (c *apiCall) keepLeaseAlive(id int64) error {
 	info := leaseInfo{Lease: *res.Lease, remaining: res.Lease.TTL}
 	// What the command did is applied here, so that a local read shows it. An
 	// error can only say that the lease has ended since, and its keys with it.
-	if now, err := c.api.b.lease(c.r.Context(), id, readOptions{stale: true}); err == nil {
+	ctx, cancel := c.bounded()
+	defer cancel()
+	if now, err := c.api.b.lease(ctx, id, readOptions{stale: true}); err == nil && c.holdAnswer(keysBytes(now.keys), false) == nil {
 		info.keys = now.keys
 	}
 	return c.writeJSON(http.StatusOK, apiLease(&info))

@@ -53,6 +53,9 @@ func (c *apiCall) serveList() error {
 	if err := c.readView(func(v *kv.View) { page = v.List(q) }); err != nil {
 		return err
 	}
+	if err := c.holdAnswer(pageBytes(&page), false); err != nil {
+		return err
+	}
 	next := ""
 	if page.More {
 		k := cursor{revision: page.Revision, query: walk, last: page.Last, rolled: page.LastRolled}
@@ -260,6 +263,13 @@ func (c *apiCall) keyHistory(key string) error {
 		return err
 	})
 	if err != nil {
+		return err
+	}
+	held := int64(0)
+	for i := range items {
+		held += int64(len(items[i].Value)) + listedBytes
+	}
+	if err := c.holdAnswer(held, false); err != nil {
 		return err
 	}
 	c.w.Header()["Kv-Revision"] = []string{strconv.FormatInt(h.Revision(), 10)}

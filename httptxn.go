@@ -3,6 +3,7 @@ package main
 import (
 	"math"
 	"net/http"
+	"slices"
 	"strconv"
 
 	"pontoon/kv"
@@ -28,6 +29,11 @@ func (c *apiCall) serveTxn() error {
 	if err != nil {
 		return err
 	}
+	held := int64(0)
+	for i := range res.Txn.Ops {
+		held += entriesBytes(res.Txn.Ops[i].Items)
+	}
+	c.holdResult(held)
 	c.w.Header()["Kv-Revision"] = []string{strconv.FormatInt(res.Revision, 10)}
 	p := c.startPieces(headerJSON)
 	p.txnResult(txn, &res)
@@ -48,12 +54,20 @@ func (c *apiCall) runTxn() (*kv.Txn, kv.Result, error) {
 	if err != nil {
 		return nil, kv.Result{}, err
 	}
+	if reads(txn) && !c.hasAnswerRoom() {
+		return nil, kv.Result{}, c.noAnswerRoom()
+	}
 	if err := c.acquire(); err != nil {
 		return nil, kv.Result{}, err
 	}
 	defer c.release()
 	res, err := c.propose(kv.Command{Op: kv.OpTxn, Txn: txn, Once: c.once(*buf)})
 	return txn, res, err
+}
+
+func reads(txn *kv.Txn) bool {
+	isGet := func(op kv.TxnOp) bool { return op.Op == kv.OpGet }
+	return slices.ContainsFunc(txn.Then, isGet) || slices.ContainsFunc(txn.Else, isGet)
 }
 
 // txnReader decodes one transaction. The values are part of the body, and gone

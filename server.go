@@ -104,7 +104,7 @@ func newServer(ctx context.Context, cfg Config, log *zap.Logger) (_ *server, err
 	}
 	l := limits{MaxKeyBytes: cfg.MaxKeyBytes, MaxValueBytes: cfg.MaxValueBytes, MaxInFlight: cfg.MaxInFlight,
 		DefaultTimeout: cfg.DefaultTimeout, MaxTimeout: cfg.MaxTimeout, MaxConns: clients, MaxBodyBytes: maxBodyBytes,
-		MaxExports: maxExports, MaxTxnBytes: maxTxnBytes}
+		MaxAnswerBytes: maxAnswerBytes, MaxExports: maxExports, MaxTxnBytes: maxTxnBytes}
 	api := newHTTPAPI(s.store, l, newHTTPMetrics(reg), prometheus.Gatherers{prometheus.DefaultGatherer, reg}, log)
 	s.client = newClientServer(api, log)
 	s.peer = &http.Server{Handler: s.node.peerHandler(s.tr.Handler()), ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute,
