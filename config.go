@@ -71,6 +71,7 @@ const (
 	maxHeldProposals    = 1024      // forwarded proposals parked while leadership moves
 	maxWatches          = 1 << 14   // open watches; more are answered 429
 	maxExports          = 8         // exports under way, each holds a clone of the state; more are answered 429
+	maxUndoing          = 4         // reads of an older revision at once; more wait until their deadline
 	maxTxnBytes         = 4 << 20   // body of a transaction
 	maxBodyBytes        = 256 << 20 // bodies of clients, on their way in or waiting for raft; more are answered 429
 	maxAnswerBytes      = 256 << 20 // large answers on their way to clients; more are answered 429

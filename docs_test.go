@@ -595,6 +595,7 @@ func TestDocsLimits(t *testing.T) {
 		{"`progress=`", minProgress.String() + " to " + maxProgress.String()},
 		{"open watches and long polls on a member", docCount(maxWatches)},
 		{"exports under way on a member", docCount(maxExports)},
+		{"pages and exports that begin at an older revision, at once on a member", docCount(maxUndoing)},
 		{"requests that wait on a member", docCount(c.MaxInFlight) + " (`--max-in-flight`)"},
 		{"bodies under way on a member, beyond the first " + docBytes(minBodyBuffer) + " of each", docBytes(int64(maxBodyBytes))},
 		{"what answers of more than " + docBytes(smallAnswer) + " hold on a member until they are read", docBytes(int64(maxAnswerBytes))},

@@ -36,6 +36,7 @@ type kvstore struct {
 	stopping  atomic.Bool // set once this member shuts down
 	hub       watch.Hub
 	published chan struct{}               // capacity 1: there may be changes to hand to the hub
+	undoing   chan struct{}               // capacity maxUndoing: reads of an older revision; more wait
 	failC     chan error                  // capacity 1: why nothing more can be applied
 	write     func(snapHeader, *kv.State) // starts the snapshot-writer; set before anything runs
 
@@ -64,7 +65,7 @@ type kvstore struct {
 
 func newKVStore(n *raftNode, r *recovered, disk snapshotWriter) *kvstore {
 	s := &kvstore{node: n, disk: disk, cfg: n.cfg, log: n.log, met: n.met, applied: n.applied, started: n.time(),
-		failC: make(chan error, 1), broken: make(chan error, 1), snapped: make(chan int64, 1), published: make(chan struct{}, 1), table: n.members.Load(), term: r.snap.Term}
+		failC: make(chan error, 1), broken: make(chan error, 1), snapped: make(chan int64, 1), published: make(chan struct{}, 1), undoing: make(chan struct{}, maxUndoing), table: n.members.Load(), term: r.snap.Term}
 	// goroutine: snapshot-writer
 	s.write = func(h snapHeader, state *kv.State) { go s.writeSnapshot(h, state) }
 	s.mu.state = r.state

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"pontoon/kv"
 )
@@ -231,5 +232,60 @@ func TestReadOfTheRevisionNamesIt(t *testing.T) {
 	})
 	if err != nil || rev != 1 {
 		t.Errorf("a list: revision %d, %v; want revision 1", rev, err)
+	}
+}
+
+// What reads of older revisions undo is a copy of all that came later: few do it at
+// once, the others wait until their deadline, and an export gives its place back
+// before it streams.
+func TestReadsOfThePastAreBounded(t *testing.T) {
+	c := newCluster(t, 1, nil)
+	n := c.leader()
+	n.mustPut("k", "old")
+	n.mustPut("k", "new")
+	past := readOptions{stale: true, revision: 1}
+	read := func(ctx context.Context, o readOptions, whole bool) (value string, held int, err error) {
+		err = n.store.read(ctx, o, whole, func(v *kv.View) error {
+			held = len(n.store.undoing)
+			e, _ := v.Get("k")
+			value = string(e.Value)
+			return nil
+		})
+		return value, held, err
+	}
+	for _, row := range []struct {
+		revision int64
+		whole    bool
+		value    string
+		held     int
+	}{{1, false, "old", 1}, {1, true, "old", 0}, {2, false, "new", 0}, {0, false, "new", 0}, {0, true, "new", 0}} {
+		value, held, err := read(c.ctx(), readOptions{stale: true, revision: row.revision}, row.whole)
+		if value != row.value || held != row.held || err != nil || len(n.store.undoing) != 0 {
+			t.Errorf("%+v: %q, %d places held, %d after it, %v", row, value, held, len(n.store.undoing), err)
+		}
+	}
+	left, leave := context.WithCancel(t.Context())
+	leave()
+	for range 20 { // whichever of two ready channels is looked at first
+		if _, _, err := read(left, past, false); !errors.Is(err, errReadTimeout) {
+			t.Fatalf("a read whose client has left: %v", err)
+		}
+	}
+	for range maxUndoing {
+		n.store.undoing <- struct{}{}
+	}
+	short, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	if _, _, err := read(short, past, true); !errors.Is(err, errReadTimeout) || short.Err() == nil {
+		t.Errorf("without a place: %v", err)
+	}
+	if value, _, err := read(left, readOptions{stale: true}, false); value != "new" || err != nil {
+		t.Errorf("the present without a place: %q, %v", value, err)
+	}
+	waiting := make(chan error)
+	go func() { _, _, err := read(c.ctx(), past, false); waiting <- err }()
+	<-n.store.undoing
+	if err := <-waiting; err != nil {
+		t.Errorf("once there is a place: %v", err)
 	}
 }

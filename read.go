@@ -303,18 +303,30 @@ func (s *kvstore) view(st *kv.State, revision int64) (*kv.View, error) {
 // read calls f with the store as o asks for it. An older revision has to undo
 // what came later, and whole says that f takes long: both work on a clone, so
 // that the apply loop does not wait. The clone costs it a copy of the tree nodes
-// that it writes next, so a page of the present state goes without.
+// that it writes next, so a page of the present state goes without. To undo takes a
+// copy of all that came later, so only maxUndoing reads do it at once.
 func (s *kvstore) read(ctx context.Context, o readOptions, whole bool, f func(*kv.View) error) error {
 	if err := s.sync(ctx, o); err != nil {
 		return err
 	}
 	if whole || o.revision > 0 {
+		done, err := s.mayUndo(ctx, o.revision)
+		if err != nil {
+			return err
+		}
+		defer done()
 		s.mu.Lock()
 		st := s.mu.state.Clone()
 		s.mu.Unlock()
 		v, err := s.view(st, o.revision)
 		if err != nil {
 			return err
+		}
+		if err := v.Prepare(ctx.Err); err != nil {
+			return errReadTimeout
+		}
+		if whole { // f takes its time; what it holds, the caller bounds
+			done()
 		}
 		return f(v)
 	}
@@ -325,6 +337,21 @@ func (s *kvstore) read(ctx context.Context, o readOptions, whole bool, f func(*k
 		return err
 	}
 	return f(v)
+}
+
+// mayUndo waits until this read may undo what came after revision, if anything did.
+func (s *kvstore) mayUndo(ctx context.Context, revision int64) (done func(), err error) {
+	if revision == 0 || uint64(revision) >= s.revision.At() {
+		return func() {}, nil
+	}
+	select {
+	case s.undoing <- struct{}{}:
+		return sync.OnceFunc(func() { <-s.undoing }), nil
+	case <-ctx.Done():
+		return nil, errReadTimeout
+	case <-s.node.doneC:
+		return nil, errStopping
+	}
 }
 
 // history returns the changes that are still known.

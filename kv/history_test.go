@@ -309,3 +309,31 @@ func TestListPages(t *testing.T) {
 		})
 	}
 }
+
+// A view that was stopped while it was made ready can be made ready later.
+func TestViewPrepareStops(t *testing.T) {
+	s := NewState()
+	for i := range 3*stopEvery + 1 {
+		s.Apply(uint64(i+1), &Batch{Commands: []Command{{Op: OpPut, Key: fmt.Sprint(i % 1000), Value: []byte{byte(i)}}}}, nil)
+	}
+	v, err := s.View(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stopped := errors.New("stopped")
+	for after := range 5 {
+		asked := 0
+		err := v.Prepare(func() error {
+			if asked++; asked > after {
+				return stopped
+			}
+			return nil
+		})
+		if wantErr := after < 4; (err != nil) != wantErr || wantErr && asked != after+1 || v.ready == wantErr {
+			t.Errorf("asked %d times, to stop after %d: %v", asked, after, err)
+		}
+	}
+	if n := v.Count(Span{}); n != 1 || len(v.undo) != 1000 {
+		t.Errorf("%d keys, %d undone", n, len(v.undo))
+	}
+}

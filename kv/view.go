@@ -91,13 +91,21 @@ func (v *View) find(key string) (int, bool) {
 }
 
 // prepare makes undo.
-func (v *View) prepare() {
+func (v *View) prepare() { _ = v.Prepare(func() error { return nil }) } // nothing stops it
+
+// Prepare does what Ascend, Count and List begin with: at an older revision it copies
+// and sorts the events since, of which there may be as many as history keeps. It asks
+// stop now and then, and returns its error, with nothing done.
+func (v *View) Prepare(stop func() error) error {
 	if v.ready {
-		return
+		return nil
 	}
-	v.ready = true
+	var err error
 	h := v.state.History()
 	h.from(v.revision+1, func(e *event) bool {
+		if len(v.undo)%stopEvery == 0 {
+			err = stop()
+		}
 		u := undone{key: e.key(), rec: e.prev}
 		if e.prev != "" {
 			u.more++
@@ -106,8 +114,16 @@ func (v *View) prepare() {
 			u.more--
 		}
 		v.undo = append(v.undo, u)
-		return true
+		return err == nil
 	})
+	if err == nil {
+		err = stop()
+	}
+	if err != nil {
+		v.undo = nil
+		return err
+	}
+	v.ready = true
 	slices.SortStableFunc(v.undo, func(a, b undone) int { return strings.Compare(a.key, b.key) })
 	// Of the events of one key, which the sort leaves in their order, the first
 	// has what was there.
@@ -120,7 +136,10 @@ func (v *View) prepare() {
 		}
 	}
 	v.undo = keys
+	return nil
 }
+
+const stopEvery = 4096 // events
 
 // Ascend calls f for each entry of the span in byte order, until f returns false.
 func (v *View) Ascend(span Span, f func(Entry) bool) {
