@@ -54,6 +54,15 @@ func (c *apiCall) takeRoom(n int) error {
 	return nil
 }
 
+// changeRoom is takeRoom for a buffer that may also shrink.
+func (c *apiCall) changeRoom(n int) error {
+	if n < 0 {
+		c.api.bodies.bytes.Add(int64(n))
+		c.room += int64(n)
+	}
+	return c.takeRoom(n)
+}
+
 // smallAnswer is an answer that always has room: a client's own socket holds as much.
 const smallAnswer = 64 << 10
 

@@ -23,8 +23,9 @@ import (
 //	           bad nothing happens, and the key is still unused.
 //
 // A streamed import needs memory for one chunk and one line, whatever its
-// length. Its read deadline moves with the body, and each command has a deadline
-// of its own: timeout= bounds every wait for raft, not all of them.
+// length; a long line takes room as a body does. Its read deadline moves with the
+// body, and each command has a deadline of its own: the default time-out bounds every
+// wait for raft, as no call could be long otherwise. A timeout= bounds all of it.
 type importer struct {
 	c       *apiCall
 	timeout time.Duration
@@ -90,13 +91,20 @@ func (im *importer) inSlot(run func() error) error {
 		return err
 	}
 	// There was nothing to propose, or it changed nothing in an empty store.
-	im.c.deadline = time.Now().Add(im.timeout)
+	im.renewDeadline()
 	ctx, cancel := context.WithDeadline(im.c.r.Context(), im.c.deadline)
 	defer cancel()
 	return im.c.api.b.read(ctx, readOptions{}, false, func(v *kv.View) error {
 		im.done.Revision = v.Revision()
 		return nil
 	})
+}
+
+// renewDeadline is for the next wait of a streamed import.
+func (im *importer) renewDeadline() {
+	if im.lines.src != nil && !im.c.opt.has(optTimeout) {
+		im.c.deadline = time.Now().Add(im.timeout)
+	}
 }
 
 // streamed never takes all slots, however few there are: an import waits for
@@ -120,7 +128,7 @@ func (im *importer) streamed() error {
 }
 
 func (im *importer) stream() error {
-	im.lines.src = bodyReader{im.c}
+	im.lines.src, im.lines.room = &bodyReader{c: im.c}, im.c.changeRoom
 	for {
 		e, err := im.next()
 		switch {
@@ -272,7 +280,7 @@ func (im *importer) propose(once *kv.Once) (kv.Result, error) {
 		command.Wall = time.Now().UnixMilli()
 	}
 	if im.lines.src != nil {
-		c.deadline = time.Now().Add(im.timeout)
+		im.renewDeadline()
 		if c.bodyPending {
 			// HTTP/2 breaks a body for good when its read deadline passes,
 			// also while nobody reads.
@@ -341,7 +349,8 @@ func (im *importer) withoutLease(refused error) error {
 // missingLease returns the first operation whose lease does not exist here,
 // where the command was refused; -1 if there is none.
 func (im *importer) missingLease() (int, error) {
-	ctx, cancel := context.WithTimeout(im.c.r.Context(), im.timeout)
+	im.renewDeadline()
+	ctx, cancel := context.WithDeadline(im.c.r.Context(), im.c.deadline)
 	defer cancel()
 	known := map[int64]bool{}
 	for i := range im.chunk.ops {

@@ -141,9 +141,10 @@ func (r *jsonReader) onlyTrue() error {
 type lineReader struct {
 	src     io.Reader // nil: all there is lies in buf
 	buf     []byte
-	start   int // of the line to come
-	scanned int // there is no end of a line before it
-	limit   int // bytes of a line
+	start   int               // of the line to come
+	scanned int               // there is no end of a line before it
+	limit   int               // bytes of a line
+	room    func(n int) error // takes what the buffer grows by beyond lineBuffer, or gives it back; nil: nobody counts
 	err     error
 }
 
@@ -191,17 +192,35 @@ func (l *lineReader) checked(line []byte) ([]byte, error) {
 }
 
 // fill reads once. It moves the line to the front where that makes enough room,
-// and else doubles the buffer: with what has arrived, not with what may.
+// and else doubles the buffer: with what has arrived, not with what may. A buffer that
+// a long line has left behind shrinks.
 func (l *lineReader) fill() {
-	if rest := l.buf[l.start:]; len(l.buf) == cap(l.buf) {
-		to := l.buf[:0]
-		if len(rest) > cap(l.buf)/2 || cap(l.buf) == 0 {
-			to = make([]byte, 0, min(max(2*cap(l.buf), lineBuffer), l.limit+lineBuffer))
-		}
-		l.buf = append(to, rest...)
-		l.scanned -= l.start
-		l.start = 0
+	rest, size := l.buf[l.start:], cap(l.buf)
+	switch full := len(l.buf) == size; {
+	case size == 0, size > 8*lineBuffer && len(rest) <= lineBuffer/2:
+		size = lineBuffer
+	case full && len(rest) > size/2:
+		size = min(2*size, l.limit+lineBuffer)
+	case !full:
+		l.read()
+		return
 	}
+	to := l.buf[:0]
+	if size != cap(l.buf) {
+		if l.room != nil {
+			if l.err = l.room(size - max(cap(l.buf), lineBuffer)); l.err != nil {
+				return
+			}
+		}
+		to = make([]byte, 0, size)
+	}
+	l.buf = append(to, rest...)
+	l.scanned -= l.start
+	l.start = 0
+	l.read()
+}
+
+func (l *lineReader) read() {
 	n, err := l.src.Read(l.buf[len(l.buf):cap(l.buf)])
 	l.buf = l.buf[:len(l.buf)+n]
 	l.err = err
@@ -209,27 +228,56 @@ func (l *lineReader) fill() {
 
 // bodyReader reads a body whose read deadline moves with it: a body of any
 // length may take its time, and one that stands still ends.
-type bodyReader struct{ c *apiCall }
+//
+// It has to come at a pace as well, which is that of the client alone: the time that
+// raft takes does not count. Else a byte now and then would keep an import, of which
+// there are few, for ever. And timeout= ends it, if the client set one.
+type bodyReader struct {
+	c      *apiCall
+	waited time.Duration // for the client
+	came   int           // bytes meanwhile
+}
+
+const (
+	importProgress = 30 * time.Second // of waiting, in which at least importPiece has to come
+	importPiece    = 64 << 10
+)
 
 // errBodyStopped is wrapped by every error of a bodyReader.
 var errBodyStopped = errors.New("the body stopped before its end")
 
-func (b bodyReader) Read(p []byte) (int, error) {
+func (b *bodyReader) Read(p []byte) (int, error) {
 	c := b.c
 	if !c.bodyPending {
 		return 0, io.EOF
 	}
-	c.setReadDeadline(time.Now().Add(bodyProgress))
+	start := time.Now()
+	until := start.Add(min(bodyProgress, importProgress-b.waited))
+	if c.opt.has(optTimeout) && c.deadline.Before(until) {
+		until = c.deadline
+	}
+	c.setReadDeadline(until)
 	n, err := c.r.Body.Read(p)
+	b.waited += time.Since(start)
+	if b.came += n; b.came >= importPiece {
+		b.waited, b.came = 0, 0
+	}
+	late := errors.Is(err, os.ErrDeadlineExceeded)
 	switch {
-	case err == nil:
-		return n, nil
 	case err == io.EOF:
 		c.bodyPending = false
 		return n, io.EOF
-	case errors.Is(err, os.ErrDeadlineExceeded):
+	case late && until.Equal(c.deadline):
+		err = errors.New("its timeout is over")
+	case b.waited >= importProgress:
+		err = fmt.Errorf("%d bytes came within %v, the least is %d", b.came, importProgress, importPiece)
+	case late:
+		err = fmt.Errorf("nothing came for %v", bodyProgress)
+	case err == nil:
+		return n, nil
+	}
+	if late {
 		c.bodyPending = false // nobody waits for the rest: the deadline stays as it is
-		return n, fmt.Errorf("%w: nothing came for %v", errBodyStopped, bodyProgress)
 	}
 	return n, fmt.Errorf("%w: %v", errBodyStopped, err)
 }
