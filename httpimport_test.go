@@ -508,16 +508,24 @@ func stateOf(b *twinBackend) map[string]string {
 }
 
 // A body may take longer than the default time-out as long as it moves; one that
-// stands still ends. That time-out bounds each wait for raft.
+// stands still ends. That time-out bounds each wait for raft, timeout= all of them.
 func TestSlowImport(t *testing.T) {
-	for _, proto := range []string{"HTTP/1.1", "stands still", "slow raft"} {
+	for _, proto := range []string{"HTTP/1.1", "stands still", "slow raft", "timeout=50s"} {
 		t.Run(proto, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				_, b := newTwinAPI(t, testLimits())
 				var waits []time.Duration
+				start, query := time.Now(), ""
+				if strings.HasPrefix(proto, "timeout") {
+					query = "?" + proto
+				}
 				h := newTestAPIOver(&hooked{backend: b, onPropose: func(ctx context.Context, c *kv.Command) (kv.Result, error) {
 					until, _ := ctx.Deadline()
-					waits = append(waits, time.Until(until))
+					wait := time.Until(until)
+					if query != "" {
+						wait = until.Sub(start) - 45*time.Second
+					}
+					waits = append(waits, wait)
 					if proto == "slow raft" {
 						// Longer than a read deadline lives.
 						time.Sleep(15 * time.Second)
@@ -528,7 +536,7 @@ func TestSlowImport(t *testing.T) {
 				c := pipeServer(t, h)
 				c.SetDeadline(time.Now().Add(time.Hour))
 				body := importLines(1500)
-				c.send("POST /v1/kv HTTP/1.1\r\nHost: pontoon\r\nAccept: application/json\r\nContent-Length: " + strconv.Itoa(len(body)) + "\r\n\r\n")
+				c.send("POST /v1/kv" + query + " HTTP/1.1\r\nHost: pontoon\r\nAccept: application/json\r\nContent-Length: " + strconv.Itoa(len(body)) + "\r\n\r\n")
 				const piece = 20_000
 				for i := 0; i < len(body); i += piece {
 					if proto == "stands still" && i >= 40_000 {
