@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"net/http"
@@ -120,7 +121,7 @@ func (n *testNode) putUntil(end <-chan struct{}) (acked []string) {
 
 // readyAside is the check of /readyz that tells of it.
 func (s *kvstore) readyAside() error {
-	for _, c := range s.checks() {
+	for _, c := range s.checks(context.Background()) {
 		if c.name == "log whole" {
 			return c.err
 		}

@@ -53,10 +53,10 @@ type backend interface {
 	promoteMember(ctx context.Context, id uint64) error
 	transferLeader(ctx context.Context, to uint64) error
 
-	leader() uint64 // 0: unknown
-	status() api.Status
-	checks() []check // what /readyz asks
-	live() []check   // what /livez asks
+	leader() uint64                        // 0: unknown
+	status(ctx context.Context) api.Status // what it cannot learn in time is left out
+	checks(ctx context.Context) []check    // what /readyz asks; what has no answer in time is an error
+	live(ctx context.Context) []check      // what /livez asks, likewise
 }
 
 type readOptions struct {
@@ -602,8 +602,9 @@ func (c *apiCall) transferLeader() error {
 	return c.change(func(ctx context.Context) error { return c.api.b.transferLeader(ctx, to) })
 }
 
-// serveHealth answers what must work when nothing else does: none of it waits
-// on the store or needs a slot.
+// serveHealth answers what must work when nothing else does: none of it needs a
+// slot, and where it waits, on the raft loop or for the read that /readyz tries, that is
+// for a moment, and no longer than the call's deadline.
 func (c *apiCall) serveHealth() error {
 	if m := c.r.Method; m != http.MethodGet && m != http.MethodHead {
 		return badMethod(c.route)
@@ -621,7 +622,9 @@ func (c *apiCall) serveHealth() error {
 		if err := c.parseOptions(0); err != nil {
 			return err
 		}
-		st := c.api.b.status()
+		ctx, cancel := c.bounded()
+		defer cancel()
+		st := c.api.b.status(ctx)
 		if st.Peers == nil {
 			st.Peers = []api.Peer{}
 		}
@@ -636,10 +639,12 @@ func (c *apiCall) serveHealth() error {
 	if err := c.parseOptions(optVerbose); err != nil {
 		return err
 	}
+	ctx, cancel := c.bounded()
+	defer cancel()
 	if c.route == routeLivez {
-		c.writeChecks(c.api.b.live())
+		c.writeChecks(c.api.b.live(ctx))
 	} else {
-		c.writeChecks(c.api.b.checks())
+		c.writeChecks(c.api.b.checks(ctx))
 	}
 	return nil
 }

@@ -223,15 +223,15 @@ func (f *fakeBackend) transferLeader(_ context.Context, to uint64) error {
 
 func (f *fakeBackend) leader() uint64 { return 2 }
 
-func (f *fakeBackend) status() api.Status {
+func (f *fakeBackend) status(context.Context) api.Status {
 	return api.Status{ID: 1, ClusterID: "c0ffee", Role: api.RoleFollower, Leader: 2, Revision: 9}
 }
 
-func (f *fakeBackend) checks() []check {
+func (f *fakeBackend) checks(context.Context) []check {
 	return append([]check{{"leader", nil}, {"disk", nil}}, f.sick...)
 }
 
-func (f *fakeBackend) live() []check { return []check{{"raft", nil}} }
+func (f *fakeBackend) live(context.Context) []check { return []check{{"raft", nil}} }
 
 func short(b []byte) string {
 	if len(b) > 40 {
@@ -1462,4 +1462,45 @@ func BenchmarkHandler(b *testing.B) {
 			}
 		})
 	}
+}
+
+// healthBackend notes how long each health call may take.
+type healthBackend struct {
+	*fakeBackend
+	left []time.Duration
+}
+
+func (b *healthBackend) may(ctx context.Context) {
+	until, _ := ctx.Deadline()
+	b.left = append(b.left, time.Until(until))
+}
+
+func (b *healthBackend) status(ctx context.Context) api.Status {
+	b.may(ctx)
+	return b.fakeBackend.status(ctx)
+}
+func (b *healthBackend) checks(ctx context.Context) []check {
+	b.may(ctx)
+	return nil
+}
+func (b *healthBackend) live(ctx context.Context) []check {
+	b.may(ctx)
+	return nil
+}
+
+// timeout= bounds any call, those of health too.
+func TestHealthKeepsItsTimeout(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, path := range []string{"/livez", "/readyz", "/v1/status"} {
+			for query, want := range map[string]time.Duration{"": 5 * time.Second, "?timeout=100ms": 100 * time.Millisecond} {
+				b := &healthBackend{fakeBackend: &fakeBackend{}}
+				h := newTestAPIOver(b, b.fakeBackend, testLimits())
+				w := httptest.NewRecorder()
+				h.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), "GET", path+query, nil))
+				if w.Code != 200 || len(b.left) != 1 || b.left[0] != want {
+					t.Errorf("%s%s: %d, asked with %v, want %v", path, query, w.Code, b.left, want)
+				}
+			}
+		}
+	})
 }

@@ -293,7 +293,7 @@ func filterSpans(f *watch.Filter) []kv.Span {
 // state has dropped since, for as long as the client is slow.
 func (s *watchStream) startReplay() error {
 	for s.err == nil && s.w == nil {
-		h, err := s.c.api.b.history(s.c.r.Context(), readOptions{stale: true}) // sync saw to its freshness
+		h, err := s.history()
 		if err == nil {
 			err = s.checkFrom(h)
 		}
@@ -315,6 +315,17 @@ func (s *watchStream) startReplay() error {
 		s.replay(h, limit)
 	}
 	return nil
+}
+
+// history is as fresh as sync saw to. The call's deadline bounds it until it begins.
+func (s *watchStream) history() (kv.History, error) {
+	ctx := s.c.r.Context()
+	if !s.begun {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithDeadline(ctx, s.c.deadline)
+		defer cancel()
+	}
+	return s.c.api.b.history(ctx, readOptions{stale: true})
 }
 
 func (s *watchStream) checkFrom(h kv.History) error {
@@ -514,6 +525,8 @@ func (c *apiCall) awaitChange(ctx context.Context, key string) (kv.Entry, int64,
 	c.api.m.watchers.Add(1)
 	defer c.api.m.watchers.Add(-1)
 	e, revision, err := c.firstLook(ctx, key)
+	look, cancel := context.WithDeadline(ctx, c.deadline)
+	defer cancel()
 	timer := time.NewTimer(time.Until(over))
 	defer timer.Stop()
 	for waits := true; waits && (err == nil || errors.Is(err, errKeyNotFound)) && matchesTag(&c.opt.noneMatch, e.ModRevision); {
@@ -527,8 +540,8 @@ func (c *apiCall) awaitChange(ctx context.Context, key string) (kv.Entry, int64,
 		case <-ctx.Done():
 			return e, revision, ctx.Err()
 		}
-		// The local state as it is: nothing to wait for.
-		e, revision, err = c.api.b.get(ctx, key, readOptions{stale: true})
+		// The local state as it is: nothing to wait for, unless it is in doubt.
+		e, revision, err = c.api.b.get(look, key, readOptions{stale: true})
 	}
 	return e, revision, err
 }

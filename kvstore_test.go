@@ -289,3 +289,29 @@ func TestReadsOfThePastAreBounded(t *testing.T) {
 		t.Errorf("once there is a place: %v", err)
 	}
 }
+
+// Where the raft loop hangs, health says so, and within the time that it has.
+func TestHealthWithoutTheLoop(t *testing.T) {
+	c := newCluster(t, 1, nil)
+	n := c.leader()
+	hangs, goOn := make(chan struct{}), make(chan struct{})
+	go n.node.do(c.ctx(), func() { close(hangs); <-goOn })
+	<-hangs
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	start := time.Now()
+	if live := n.store.live(ctx); live[0].err == nil {
+		t.Error("the loop hangs, and /livez is fine")
+	}
+	checks := n.store.checks(ctx)
+	if last := checks[len(checks)-1]; last.err == nil {
+		t.Errorf("the loop hangs, and %q is fine", last.name)
+	}
+	if st := n.store.status(ctx); st.ID != 1 {
+		t.Errorf("%+v", st)
+	}
+	if took := time.Since(start); took > time.Second {
+		t.Errorf("it took %v", took)
+	}
+	close(goOn)
+}

@@ -13,8 +13,9 @@ import (
 	"pontoon/api"
 )
 
-// What an operator can see of a member. All of it answers without raft's help,
-// so that it works when nothing else does.
+// What an operator can see of a member. All of it answers without a leader and
+// without the raft loop, so that it works when nothing else does; what those alone
+// know is asked for a moment, and then left out, or told as what is wrong.
 
 // describe is one row of the member table for the API.
 func (s *kvstore) describe(m member) api.Member {
@@ -35,7 +36,7 @@ func (s *kvstore) members() []api.Member {
 }
 
 // status is this member's view of itself and its peers.
-func (s *kvstore) status() api.Status {
+func (s *kvstore) status(ctx context.Context) api.Status {
 	members, soft := s.node.members.Load(), s.node.soft.Load()
 	s.mu.RLock()
 	st := api.Status{Revision: s.mu.state.Revision(), CompactRevision: s.mu.state.History().Compacted(), Keys: int64(s.mu.state.Len()), Sizes: api.Sizes{StateBytes: s.mu.state.Bytes()}}
@@ -54,7 +55,7 @@ func (s *kvstore) status() api.Status {
 	st.Version = version
 	st.Diverged = s.standing() == diverged
 	st.UptimeSeconds = time.Since(s.started).Seconds()
-	st.Peers = s.peers(members)
+	st.Peers = s.peers(ctx, members)
 	return st
 }
 
@@ -69,8 +70,8 @@ func role(st raft.StateType) string {
 }
 
 // peers asks the loop; a loop that hangs leaves the list without its part.
-func (s *kvstore) peers(members *membership) []api.Peer {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+func (s *kvstore) peers(ctx context.Context, members *membership) []api.Peer {
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
 	match, seen, alive := map[uint64]uint64{}, map[uint64]time.Duration{}, map[uint64]bool{}
 	err := s.node.do(ctx, func() {
@@ -102,8 +103,8 @@ func (s *kvstore) peers(members *membership) []api.Peer {
 }
 
 // live says whether restarting this process could help.
-func (s *kvstore) live() []check {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+func (s *kvstore) live(ctx context.Context) []check {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	var state error
 	if s.standing() == diverged {
@@ -114,8 +115,8 @@ func (s *kvstore) live() []check {
 
 // checks say whether this member should get traffic. A low disk is not among
 // them: reads go on (pontoon_disk_low tells of it).
-func (s *kvstore) checks() []check {
-	out := s.live()
+func (s *kvstore) checks(ctx context.Context) []check {
+	out := s.live(ctx)
 	var stopping, member error
 	if s.stopping.Load() {
 		stopping = errStopping
@@ -123,7 +124,7 @@ func (s *kvstore) checks() []check {
 	if !slices.Contains(s.node.members.Load().voters(), s.node.id) {
 		member = errors.New("this member is not a voter yet")
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), s.cfg.electionTimeout()+time.Second)
+	ctx, cancel := context.WithTimeout(ctx, s.cfg.electionTimeout()+time.Second)
 	defer cancel()
 	return append(out,
 		check{"not shutting down", stopping},
