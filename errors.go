@@ -6,10 +6,11 @@ import (
 )
 
 // The refusals a caller can meet, one sentence each. Code wraps them with the
-// operation ("put: %w"); httpapi.go holds the one table that maps them to HTTP.
+// operation ("put: %w"); httperror.go holds the one table that maps them to HTTP.
 //
-// The names say what the client may rely on: every error here but
-// errCommitTimeout means that the request did not and will never take effect.
+// The names say what the client may rely on: every error here but errCommitTimeout
+// and errTransferTimeout means that the request did not and will never change
+// anything.
 var (
 	errKeyNotFound          = errors.New("the key does not exist")
 	errEmptyKey             = errors.New("the key is empty")
@@ -45,7 +46,7 @@ var (
 	// errNotProposed: the deadline passed before raft was given the command.
 	errNotProposed = errors.New("the deadline passed before the request could be proposed")
 
-	// errCommitTimeout is the one whose outcome is unknown: the request was
+	// errCommitTimeout is about a command, whose outcome is unknown then: it was
 	// handed to raft and may yet commit.
 	errCommitTimeout = errors.New("the request did not complete in time")
 )

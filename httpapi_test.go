@@ -420,6 +420,7 @@ func contractRows() []contractRow {
 		{method: "GET", target: "/v1/kv/k", headers: "Accept: application/json\r\n", status: 200, want: []string{`Etag: "7"`, "Kv-Revision: 9", "Kv-Create-Revision: 3", "Kv-Version: 2", "Content-Type: application/json", "Vary: Accept", "X-Content-Type-Options: nosniff", "Content-Security-Policy: sandbox"},
 			text: `{"key":"k","value":"value","create_revision":3,"mod_revision":7,"version":2}` + "\n", call: `get "k"`},
 		{method: "GET", target: "/v1/kv/k", headers: "Accept: application/json;q=0.1, */*\r\n", status: 200, want: append(value, "Vary: Accept"), text: "value", call: `get "k"`},
+		{method: "PUT", target: "/v1/kv/k", headers: "Content-Encoding: identity\r\n", body: "x", status: 201, want: append(written, "Content-Length: 0"), call: `put "k"="x"`},
 		{method: "PUT", target: "/v1/kv/k", body: "x", status: 201, want: append(written, "Content-Length: 0"), call: `put "k"="x"`},
 		{method: "PUT", target: "/v1/kv/k", body: "x", backend: &fakeBackend{existed: true}, status: 204, want: written, call: `put "k"="x"`},
 		{method: "PUT", target: "/v1/kv/k", body: strings.Repeat("v", 1<<20), status: 201, call: `put "k"="1048576 bytes"`},
@@ -525,16 +526,19 @@ func refusedOptionRows() []contractRow {
 		rows = append(rows, contractRow{method: method, target: target, headers: headers, status: 400, code: api.CodeBadRequest, text: "~" + name})
 	}
 	for header, calls := range map[string][]string{
-		`If-Match: "17"`:                {"GET /k", "HEAD /v1/kv/k", "DELETE /3", "POST /v1/members", "GET /v1/status", "POST /v1/txn", "POST /v1/leases"},
-		`If-None-Match: "7"`:            {"DELETE /3", "POST /4", "POST /v1/members", "GET /v1/members", "POST /v1/txn", "GET /v1/leases/7"},
-		"Idempotency-Key: a":            {"GET /k", "GET /v1/kv/k", "DELETE /3", "POST /v1/members", "GET /v1/leases/7"},
-		"Prefer: wait=30":               {"PUT /k", "DELETE /v1/kv/k", "POST /v1/txn", "POST /v1/leases", "GET /v1/leases/7"},
-		"Prefer: return=none":           {"PUT /k"},
-		"Prefer: return=representation": {"GET /k", "GET /v1/kv/k", "DELETE /v1/kv/k", "POST /v1/txn", "POST /v1/leases"},
-		"Prefer: respond-async":         {"PUT /k", "GET /v1/kv/k"},
-		"Last-Event-ID: 7":              {"GET /k", "PUT /v1/kv/k", "POST /v1/txn", "GET /v1/leases/7"},
-		"If-Unmodified-Since: x":        {"PUT /k", "GET /k"},
-		"If-Range: x":                   {"GET /v1/kv/k"},
+		`If-Match: "17"`:                 {"GET /k", "HEAD /v1/kv/k", "DELETE /3", "POST /v1/members", "GET /v1/status", "POST /v1/txn", "POST /v1/leases"},
+		`If-None-Match: "7"`:             {"DELETE /3", "POST /4", "POST /v1/members", "GET /v1/members", "POST /v1/txn", "GET /v1/leases/7"},
+		"Idempotency-Key: a":             {"GET /k", "GET /v1/kv/k", "DELETE /3", "POST /v1/members", "GET /v1/leases/7"},
+		"Prefer: wait=30":                {"PUT /k", "DELETE /v1/kv/k", "POST /v1/txn", "POST /v1/leases", "GET /v1/leases/7"},
+		"Prefer: return=none":            {"PUT /k"},
+		"Prefer: return=representation":  {"GET /k", "GET /v1/kv/k", "DELETE /v1/kv/k", "POST /v1/txn", "POST /v1/leases"},
+		"Prefer: respond-async":          {"PUT /k", "GET /v1/kv/k"},
+		"Last-Event-ID: 7":               {"GET /k", "PUT /v1/kv/k", "POST /v1/txn", "GET /v1/leases/7"},
+		"If-Unmodified-Since: x":         {"PUT /k", "GET /k"},
+		"If-Modified-Since: x":           {"GET /k", "GET /v1/kv/k", "GET /v1/kv", "GET /v1/status"},
+		"Content-Encoding: gzip":         {"PUT /k", "PUT /v1/kv/k", "POST /v1/txn", "POST /v1/kv", "POST /v1/leases", "POST /v1/members", "POST /4"},
+		"Content-Encoding: identity, br": {"PUT /k"},
+		"If-Range: x":                    {"GET /v1/kv/k"},
 	} {
 		name, _, _ := strings.Cut(header, ":")
 		for _, call := range calls {

@@ -122,7 +122,9 @@ var headerOptions = [...]struct {
 	{"Idempotency-Key", "Idempotency-Key", optIdempotency}, {"Prefer", "Prefer", optPreferWait | optPreferEcho},
 	{"Last-Event-ID", "Last-Event-Id", optLastEventID},
 	// Never served. Ignoring a precondition would be worse than refusing it.
-	{"If-Unmodified-Since", "If-Unmodified-Since", 0}, {"If-Range", "If-Range", 0},
+	{"If-Unmodified-Since", "If-Unmodified-Since", 0}, {"If-Modified-Since", "If-Modified-Since", 0}, {"If-Range", "If-Range", 0},
+	// A body is taken as it stands, so that nobody would undo the coding.
+	{"Content-Encoding", "Content-Encoding", 0},
 }
 
 // parseOptions reads the query and the headers, and refuses every one that this
@@ -133,6 +135,12 @@ func (c *apiCall) parseOptions(takes optionSet) error {
 		values := c.r.Header[ho.inMap]
 		if values == nil {
 			continue
+		}
+		if ho.name == "Content-Encoding" {
+			if len(values) == 1 && strings.EqualFold(values[0], "identity") {
+				continue
+			}
+			return badRequest("header Content-Encoding: " + quoteShort(strings.Join(values, ", ")) + ": a body is taken as it stands; send it without a coding")
 		}
 		if takes&ho.opts == 0 {
 			return badRequest("header " + ho.name + " is none of this call")

@@ -34,8 +34,9 @@ import (
 // what comes during the rest.
 //
 // The handler's goroutine does all of it. It holds no slot (acquire) while it
-// streams; what bounds it is the limit of watchers, the queue of its watcher,
-// and the progress that its client makes.
+// streams; what bounds it is the limit of watchers, the queue of its watcher, and
+// the progress that its client makes (clientConn, streamWriter). A long replay is no
+// watcher yet: it holds the history of one piece, and connections bound how many go on.
 
 const (
 	nearEvents = 1_000   // of history: a replay of fewer begins with subscribing

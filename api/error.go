@@ -9,7 +9,7 @@ const ProblemType = "application/problem+json"
 // for programs, Outcome for whoever must decide about a retry, Hint for people.
 type Error struct {
 	Type            string  `json:"type"`             // a URN made of the code
-	Title           string  `json:"title"`            // the same for every error of one code
+	Title           string  `json:"title"`            // of a few words; a code may have several
 	Status          int     `json:"status"`           // the HTTP status
 	Detail          string  `json:"detail,omitempty"` // this occurrence
 	Code            Code    `json:"code"`
