@@ -13,14 +13,16 @@ import (
 // is a number in the state, in milliseconds, which only entries of the log move:
 // ticks, proposed by the leader while something can expire.
 //
-//	clock of a tick = clock of the last tick applied here + time since that was made
+//	first tick of a term = clock of the last tick applied here + time since it was applied
+//	tick after it        = clock of the leader's last tick + time since it made that
 //
 // The elapsed time is measured by the monotonic clock of one process, so no
-// jump of a wall clock matters. Of a tick that another member made it is not known
-// here when that was; the time counts from when it was applied here, which is later.
-// So each tick is at most as far ahead of the one before as real time is, and by
-// induction of every tick before. And while one member leads, nothing is lost to
-// the time that ticks take to commit.
+// jump of a wall clock matters. It begins when the older tick was applied, or was
+// made by this process itself, never before it was made; so each tick is at most as
+// far ahead of the one before as real time is, and by induction of every tick before.
+// While one member leads, its ticks are the time that it measures, whether or not they
+// are applied yet, or ever: nothing is lost to the time that they take to commit, and
+// a later one never reads less.
 // The two other rules that make it so:
 //
 //   - a leader ticks only after it has applied an entry of its own term: then
@@ -54,14 +56,10 @@ type ownTick struct {
 	made  time.Time // when
 }
 
-// readClock is c.read, and loses no time if the newest tick is one of this member's
-// last ones. Where an older one reads the same it was made within the same millisecond,
-// and before: to count from this one is late, not early.
+// readClock is what the next tick of this leader sets the clock to.
 func (n *raftNode) readClock(c *clock, now time.Time) int64 {
-	for _, own := range n.ownTicks {
-		if own.term == c.term && own.reads == c.reads {
-			return c.reads + now.Sub(own.made).Milliseconds()
-		}
+	if own := &n.ownTick; own.term == n.now.term {
+		return max(c.read(now), own.reads+now.Sub(own.made).Milliseconds())
 	}
 	return c.read(now)
 }
@@ -111,8 +109,7 @@ func (n *raftNode) proposeTick() {
 		return
 	}
 	n.tickSent = at
-	copy(n.ownTicks[1:], n.ownTicks[:])
-	n.ownTicks[0] = ownTick{n.now.term, now, at}
+	n.ownTick = ownTick{n.now.term, now, at}
 	tick := kv.AppendCommand(nil, &kv.Command{Op: kv.OpTick,
 		Tick: kv.Tick{Clock: now, Wall: n.tickSent.UnixMilli(), Seen: n.seen[0], Term: n.now.term}})
 	// Without an identity: it is never proposed again, and applies at once.

@@ -199,6 +199,48 @@ func TestLateTick(t *testing.T) {
 	}
 }
 
+// What ticks take to commit is not lost, and a later tick never reads less: a lease
+// that it starts would be measured from a time before its grant.
+func TestTicksOfOneLeader(t *testing.T) {
+	b := newBenchNode(t)
+	b.lead(t)
+	start := time.Now()
+	var at time.Duration
+	b.time = func() time.Time { return start.Add(at) }
+	ms := func(n int) time.Duration { return time.Duration(n) * time.Millisecond }
+	applied := func(reads int64, when time.Duration) {
+		b.clock.Store(&clock{term: b.now.term, applied: 2, reads: reads, at: start.Add(when), active: true, next: 1})
+	}
+	applied(5000, 0)
+	for _, x := range []struct {
+		at      time.Duration
+		applied int64 // what the newest tick applied by then reads
+		when    time.Duration
+		want    int64
+	}{
+		{ms(500), 5000, 0, 5500},
+		{ms(1000), 5000, 0, 6000},                 // none is applied yet
+		{ms(1500), 5500, ms(1400), 6500},          // 900 ms after it was made
+		{ms(2000), 6500, ms(1900), 7000},          // two at once
+		{ms(9000), 7000, ms(2001), 14000},         // nothing to expire for a while
+		{ms(9500), 20000, ms(9400), 20100},        // never: but a tick goes on from what is applied
+		{ms(10000), 20100, ms(9999), 20100 + 500}, // and from there by its own time
+	} {
+		applied(x.applied, x.when)
+		at = x.at
+		b.proposeTick()
+		if got := b.ownTick; got.reads != x.want || !got.made.Equal(start.Add(at)) {
+			t.Errorf("the tick at %v reads %d, want %d", x.at, got.reads, x.want)
+		}
+	}
+	b.ownTick.term-- // what it measured as a leader of before says nothing
+	applied(100, ms(10400))
+	at = ms(10500)
+	if b.proposeTick(); b.ownTick.reads != 200 {
+		t.Errorf("the first tick of a term reads %d", b.ownTick.reads)
+	}
+}
+
 // TestTickRules: a leader ticks only once it has applied an entry of its own
 // term, and says that it has seen only what it had applied a raft tick before.
 func TestTickRules(t *testing.T) {

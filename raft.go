@@ -104,7 +104,7 @@ type raftNode struct {
 	readSent      uint64            // highest read context sent in this term
 	queue         []*proposal       // collected, not yet proposed
 	tickSent      time.Time         // of the last kv.Tick
-	ownTicks      [8]ownTick        // the last ones, the newest first
+	ownTick       ownTick           // the last one
 	seen          [2]uint64         // index applied two ticks ago or less, and one or less
 	held          []*raftpb.Message // forwarded proposals parked while leadership moves
 	heldBytes     int               // of their entries, at most maxUncommitted
