@@ -657,11 +657,8 @@ func (w *simWorld) heal() {
 	for _, m := range w.members {
 		w.setFull(m, false)
 		m.disk.failNext, m.disk.stall = false, false
-		if m.node != nil && m.node.paused > w.q.Now() {
-			m.node.paused = w.q.Now()
-		}
-		if m.node != nil { // a disk that has stalled goes on to
-			w.healAt = max(w.healAt, m.node.busy)
+		if m.node != nil { // what has begun goes on: a pause, a stalled disk
+			w.healAt = max(w.healAt, m.node.until())
 		}
 		w.restartAfterHeal(m)
 	}
