@@ -31,7 +31,7 @@ func (m *machine) next() uint64 { return m.twin.applied + 1 }
 // setBounds makes the bounds small enough to be met.
 func (m *machine) setBounds(s *State) {
 	s.history.maxEvents, s.history.maxSize, s.leases.maxTickKeys = m.twin.maxEvents, m.twin.maxSize, m.twin.maxTickKeys
-	s.once.maxKept, s.once.maxTombs, s.once.maxBytes = m.twin.maxKept, m.twin.maxTombs, m.twin.maxBytes
+	s.once.maxKept, s.once.maxTombs, s.once.maxBytes, s.once.maxTickKept = m.twin.maxKept, m.twin.maxTombs, m.twin.maxBytes, m.twin.maxTickKept
 }
 
 func newMachine(t *rapid.T) *machine {
@@ -42,6 +42,7 @@ func newMachine(t *rapid.T) *machine {
 	m.twin.maxTickKeys = rapid.IntRange(1, 8).Draw(t, "max tick keys")
 	m.twin.maxKept = rapid.IntRange(1, 12).Draw(t, "max kept")
 	m.twin.maxBytes = rapid.SampledFrom([]int64{100, 400, maxKeptBytes}).Draw(t, "max kept bytes")
+	m.twin.maxTickKept = rapid.IntRange(1, 6).Draw(t, "max tick kept")
 	m.twin.maxTombs = rapid.IntRange(0, 5).Draw(t, "max tombstones")
 	m.setBounds(m.state)
 	return m

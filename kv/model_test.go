@@ -28,8 +28,8 @@ type model struct {
 	kept  map[string]twinKept
 	tombs []string // keys, oldest first
 
-	maxEvents, maxKept, maxTombs, maxTickKeys int
-	maxSize, maxBytes                         int64
+	maxEvents, maxKept, maxTombs, maxTickKeys, maxTickKept int
+	maxSize, maxBytes                                      int64
 }
 
 type twinMember struct {
@@ -58,7 +58,7 @@ func newModel(s *State) *model {
 		entries: map[string]Entry{}, members: map[uint64]twinMember{},
 		leases: map[int64]twinLease{}, kept: map[string]twinKept{},
 		maxEvents: s.history.maxEvents, maxSize: s.history.maxSize, maxTickKeys: s.leases.maxTickKeys,
-		maxKept: s.once.maxKept, maxTombs: s.once.maxTombs, maxBytes: s.once.maxBytes,
+		maxKept: s.once.maxKept, maxTombs: s.once.maxTombs, maxTickKept: s.once.maxTickKept, maxBytes: s.once.maxBytes,
 	}
 }
 
@@ -335,11 +335,19 @@ func (m *model) tick(t *Tick) Result {
 			m.leases[id] = l
 		}
 	}
+	var seen []string
 	for key, k := range m.kept {
 		if k.deadline == 0 && k.index <= t.Seen {
-			k.deadline = m.clock + k.window.Milliseconds()
-			m.kept[key] = k
+			seen = append(seen, key)
 		}
+	}
+	slices.SortFunc(seen, func(a, b string) int {
+		return cmp.Or(cmp.Compare(m.kept[a].index, m.kept[b].index), cmp.Compare(a, b))
+	})
+	for _, key := range seen[:min(len(seen), m.maxTickKept)] {
+		k := m.kept[key]
+		k.deadline = m.clock + k.window.Milliseconds()
+		m.kept[key] = k
 	}
 	deleted, load := int64(0), 0
 	for _, id := range m.due() {
@@ -378,6 +386,7 @@ func (m *model) forget() {
 	slices.SortFunc(over, func(a, b string) int {
 		return cmp.Or(cmp.Compare(m.kept[a].deadline, m.kept[b].deadline), cmp.Compare(a, b))
 	})
+	over = over[:min(len(over), m.maxTickKept)]
 	for _, key := range over {
 		delete(m.kept, key)
 		m.tombs = append(m.tombs, key)

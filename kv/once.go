@@ -19,6 +19,7 @@ const (
 	maxKept       = 262_144   // results
 	maxKeptBytes  = 32 << 20  // of keys and encoded results
 	maxTombstones = 1_048_576 // keys whose result is gone
+	maxTickKept   = 10_000    // results that one tick drops: the state is locked meanwhile
 )
 
 // keptWindows are the classes of kept results: how long one is kept at least.
@@ -54,14 +55,14 @@ type once struct {
 	tombSum uint64 // of mix over tombs, modulo 2^64
 
 	// The bounds are the constants but in tests.
-	maxKept, maxTombs int
-	maxBytes          int64
+	maxKept, maxTombs, maxTickKept int
+	maxBytes                       int64
 }
 
 func newOnce() once {
 	return once{
 		kept: new(btree.Map[string, kept]), due: newTimers[string](), tombSet: new(btree.Set[uint64]),
-		maxKept: maxKept, maxTombs: maxTombstones, maxBytes: maxKeptBytes,
+		maxKept: maxKept, maxTombs: maxTombstones, maxTickKept: maxTickKept, maxBytes: maxKeptBytes,
 	}
 }
 
@@ -260,9 +261,10 @@ func (o *once) class() (uint8, bool) {
 	return 0, false
 }
 
-// start gives their deadline to the results that the proposer of the tick has seen.
+// start gives their deadline to the results that the proposer of the tick has seen,
+// to so many at once; a later tick has seen the others too.
 func (o *once) start(tick *Tick, clock int64) {
-	for {
+	for range o.maxTickKept {
 		w, ok := o.due.waiting.Min()
 		if !ok || uint64(w.at) > tick.Seen {
 			return
@@ -274,9 +276,10 @@ func (o *once) start(tick *Tick, clock int64) {
 	}
 }
 
-// expire replaces the results whose window has ended by tombstones.
+// expire replaces the results whose window has ended by tombstones, so many at once;
+// the others stay overdue, which Pending tells.
 func (o *once) expire(clock int64) {
-	for {
+	for range o.maxTickKept {
 		next, ok := o.due.running.Min()
 		if !ok || next.at > clock {
 			return

@@ -129,6 +129,30 @@ func TestOnceClasses(t *testing.T) {
 	}
 }
 
+// One tick starts and ends only so many windows, the oldest first.
+func TestTickKeptIsBounded(t *testing.T) {
+	s := NewState()
+	s.once.maxTickKept = 2
+	for i := range 5 {
+		apply(t, s, asOnce(fmt.Sprint("id", i), put("a", "1")))
+	}
+	seen := s.Applied()
+	for _, want := range []bool{true, true, false} {
+		apply(t, s, tick(1000, 0, seen))
+		pending(t, s, want, 601_000)
+	}
+	for i, next := range []int64{601_000, 601_000, 0} {
+		apply(t, s, tick(601_000, 0, seen))
+		if want := max(0, 3-2*i); s.Kept() != want {
+			t.Errorf("%d results are kept, want %d", s.Kept(), want)
+		}
+		pending(t, s, false, next)
+	}
+	if r := apply(t, s, asOnce("id4", put("a", "1")))[0]; r.Refused != RefusedExpired {
+		t.Errorf("the last one: %+v", r)
+	}
+}
+
 func TestTombstonesAreBounded(t *testing.T) {
 	s := NewState()
 	s.once.maxTombs = 2
