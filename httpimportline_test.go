@@ -3,10 +3,12 @@ package main
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"strconv"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"pgregory.net/rapid"
@@ -149,5 +151,101 @@ func FuzzImport(f *testing.F) {
 		if b.revision() != want {
 			t.Fatalf("%q%s: revision %d after %d %s", body, query, b.revision(), a.status, a.body)
 		}
+	})
+}
+
+// An import ends that comes too slowly, however steadily, or for longer than the client
+// has allowed; what raft takes is not held against the client.
+func TestImportPace(t *testing.T) {
+	line := `{"key":"k","value":"` + strings.Repeat("v", 1_000) + "\"}\n"
+	for _, row := range []struct {
+		query  string
+		piece  string
+		every  time.Duration
+		status int
+		took   time.Duration
+		detail string
+	}{
+		{"", "\n", 9 * time.Second, 400, importProgress, "4 bytes came within 30s, the least is 65536"},
+		{"", strings.Repeat(line, 30), 15 * time.Second, 400, bodyProgress, "nothing came for 10s"},
+		{"", strings.Repeat(line, 10), 9 * time.Second, 400, importProgress, "bytes came within 30s, the least is 65536"},
+		{"", strings.Repeat(line, 30), 9 * time.Second, 200, 40 * 9 * time.Second, ""},
+		{"?timeout=1m", strings.Repeat(line, 30), 9 * time.Second, 400, time.Minute, "its timeout is over"},
+		{"?timeout=3s", line, time.Second, 400, 3 * time.Second, "its timeout is over"},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			h, _ := newTwinAPI(t, testLimits())
+			c := pipeServer(t, h)
+			start := time.Now()
+			c.SetDeadline(start.Add(time.Hour))
+			ended := make(chan answer, 1)
+			go func() { ended <- c.answer("POST") }()
+			_, _ = fmt.Fprintf(c, "POST /v1/kv%s HTTP/1.1\r\nHost: pontoon\r\nAccept: application/json\r\nContent-Length: %d\r\n\r\n", row.query, 40*len(row.piece))
+			var a answer
+			for i := 0; a.status == 0; i++ {
+				if i < 40 {
+					go io.WriteString(c, row.piece) // nobody reads it once the import has ended
+				}
+				select {
+				case a = <-ended:
+				case <-time.After(row.every):
+				}
+			}
+			// What comes late is drained for a moment before the answer goes out.
+			if took := time.Since(start); a.status != row.status || took < row.took-row.every || took > row.took+drainTime || !strings.Contains(a.body, row.detail) {
+				t.Errorf("%q of %d bytes: %d after %v, want %d after %v: %s", row.query, len(row.piece), a.status, took, row.status, row.took, a.body)
+			}
+			if n := h.imports(); n != 0 {
+				t.Errorf("%d imports are under way", n)
+			}
+			c.Close()
+			<-time.After(time.Second) // net/http lingers
+		})
+	}
+}
+
+// imports is how many are under way.
+func (h *testAPI) imports() int64 { return h.Handler.(*httpAPI).imports.Load() }
+
+// A long line takes room as a body does, as it arrives, and gives it back once it is
+// done; an import that finds none says where to go on.
+func TestImportLinesTakeRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := testLimits()
+		l.MaxBodyBytes = 3 << 20
+		h, _ := newTwinAPI(t, l)
+		taken := func() int64 { return h.Handler.(*httpAPI).bodies.bytes.Load() }
+		begin := func() *rawConn {
+			c := pipeServer(t, h)
+			c.SetDeadline(time.Now().Add(time.Hour))
+			c.send("POST /v1/kv HTTP/1.1\r\nHost: pontoon\r\nAccept: application/json\r\nContent-Length: 9000000\r\n\r\n" + `{"key":"a","value":""}` + "\n")
+			return c
+		}
+		long := `{"key":"k","value":"` + strings.Repeat("v", 1_000_000)
+		first := begin()
+		first.send(long)
+		synctest.Wait()
+		if n := taken(); n < 1_000_000 || n > 2<<20 {
+			t.Errorf("%d bytes of room for a line of %d", n, len(long))
+		}
+		second := begin()
+		go io.WriteString(second, strings.Repeat(long, 3)) // it is cut
+		a := second.answer("POST")
+		if p := problemOf(t, a); a.status != 429 || p.Code != api.CodeOverloaded || p.Line != 2 || p.Outcome != api.OutcomeApplied || p.Applied.Put != 1 || a.header.Get("Retry-After") == "" {
+			t.Errorf("without room: %d %s", a.status, a.body)
+		}
+		first.send("\"}\n")
+		first.send("\n")
+		synctest.Wait()
+		if n := taken(); n != 0 {
+			t.Errorf("%d bytes of room behind the long line", n)
+		}
+		first.Close()
+		synctest.Wait()
+		if n := taken() + h.imports(); n != 0 {
+			t.Errorf("%d bytes and imports are left", n)
+		}
+		second.Close()
+		<-time.After(time.Second) // net/http lingers
 	})
 }
