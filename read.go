@@ -341,7 +341,10 @@ func (s *kvstore) read(ctx context.Context, o readOptions, whole bool, f func(*k
 
 // mayUndo waits until this read may undo what came after revision, if anything did.
 func (s *kvstore) mayUndo(ctx context.Context, revision int64) (done func(), err error) {
-	if revision == 0 || uint64(revision) >= s.revision.At() {
+	s.mu.RLock()
+	present := s.mu.state.Revision()
+	s.mu.RUnlock()
+	if revision == 0 || revision >= present {
 		return func() {}, nil
 	}
 	select {
