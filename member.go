@@ -53,6 +53,10 @@ type memberChange struct {
 	Version int      `json:"v"`
 	Op      memberOp `json:"op"`
 	Member  member   `json:"member"`
+	// Bounded: the table that follows keeps to maxMembers and maxTableBytes. A change
+	// of before there were bounds is applied as it was then, or members that replay it
+	// would differ from those that did not.
+	Bounded bool `json:"bounded,omitempty"`
 	// Request names the waiter: the proposing node and a number unique there.
 	Node    uint64 `json:"node,omitempty"`
 	Request uint64 `json:"request,omitempty"`
@@ -60,7 +64,11 @@ type memberChange struct {
 
 const memberChangeVersion = 1
 
-const maxPeerURLs = 16 // of one member
+const (
+	maxPeerURLs   = 16 // of one member
+	maxMembers    = 64
+	maxTableBytes = 512 << 10 // as JSON; the table is in the header of each snapshot, and in answers to peers, both of 1 MiB at most
+)
 
 // errNoChange says that the table already is as the change wants it.
 var errNoChange = errors.New("the member table already says so")
@@ -185,7 +193,28 @@ func (m *membership) apply(c memberChange) (*membership, error) {
 	default:
 		return nil, fmt.Errorf("%w: membership operation %q", errUnsupported, c.Op)
 	}
+	if c.Bounded && (c.Op == opAdd || c.Op == opUpdate) { // what else there is adds a few bytes a member, or takes more than it adds
+		if err := next.fits(); err != nil {
+			return nil, err
+		}
+	}
 	return next, nil
+}
+
+// fits says whether a table is of a size that a snapshot and a peer's answer take.
+func (m *membership) fits() error {
+	if len(m.Members) > maxMembers {
+		return fmt.Errorf("%w: %d members; the limit is %d, so remove one first", errBadRequest, len(m.Members), maxMembers)
+	}
+	b, err := json.Marshal(m)
+	if err != nil {
+		return fmt.Errorf("encode member table: %w", err)
+	}
+	if len(b) > maxTableBytes {
+		return fmt.Errorf("%w: the table of %d members and %d ids that were removed would have %d bytes; the limit is %d: use shorter URLs, or remove members; removed ids stay for good",
+			errBadRequest, len(m.Members), len(m.Removed), len(b), maxTableBytes)
+	}
+	return nil
 }
 
 func (m *membership) mayAdd(x member) error {

@@ -132,6 +132,82 @@ func TestMembershipKeepsOneVoter(t *testing.T) {
 	}
 }
 
+// The table stays far smaller than what holds it, whoever asks for what. What was
+// decided before there was a bound stays decided.
+func TestTableIsBounded(t *testing.T) {
+	long := func(id uint64, i int) string { return fmt.Sprintf("http://%0*d.%d:1", maxPeerURLBytes-40, id, i) }
+	add := func(m *membership, id uint64, urls ...string) (*membership, error) {
+		c := change(opAdd, member{ID: id, PeerURLs: urls, Learner: true})
+		c.Bounded = true
+		return m.apply(c)
+	}
+	var err error
+	m := testTable()
+	for id := uint64(10); len(m.Members) < maxMembers; id++ {
+		if m, err = add(m, id, long(id, 0)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := add(m, 99, testURL(99)); !errors.Is(err, errBadRequest) {
+		t.Errorf("%d members and one more: %v", maxMembers, err)
+	}
+	// Sixteen URLs a member are too many bytes long before.
+	m = testTable()
+	id := uint64(10)
+	for next := m; err == nil; id++ {
+		m = next
+		var urls []string
+		for i := range maxPeerURLs {
+			urls = append(urls, long(id, i))
+		}
+		next, err = add(m, id, urls...)
+	}
+	if size := len(marshalJSON(t, m)); !errors.Is(err, errBadRequest) || size > maxTableBytes || size < maxTableBytes-maxPeerURLs*maxPeerURLBytes {
+		t.Errorf("at %d bytes: %v", size, err)
+	}
+	for _, longer := range []memberChange{
+		{Op: opAdd, Member: member{ID: id, PeerURLs: []string{testURL(id)}, ClientURL: long(id, 0), Learner: true}},
+		{Op: opUpdate, Member: member{ID: 1, ClientURL: long(1, 0)}},
+	} {
+		full := *m
+		for r := uint64(1 << 60); len(marshalJSON(t, full)) < maxTableBytes-100; r += 50 {
+			for i := range min(uint64(50), uint64(maxTableBytes-100-len(marshalJSON(t, full)))/20+1) {
+				full.Removed = append(full.Removed, r+i)
+			}
+		}
+		longer.Version, longer.Bounded = memberChangeVersion, true
+		if _, err := full.apply(longer); !errors.Is(err, errBadRequest) {
+			t.Errorf("%s beside %d removed ids: %v", longer.Op, len(full.Removed), err)
+		}
+		for _, shorter := range []memberChange{change(opRemove, member{ID: 2}), change(opPromote, member{ID: 4}), change(opStarted, member{ID: 3})} {
+			shorter.Bounded = true
+			if _, err := full.apply(shorter); err != nil {
+				t.Errorf("%s in a full table: %v", shorter.Op, err)
+			}
+		}
+		longer.Bounded = false
+		if next, err := full.apply(longer); err != nil || next.check() != nil {
+			t.Errorf("%s from an older log: %v, %v", longer.Op, err, next.check())
+		}
+	}
+}
+
+// What this member proposes is bounded.
+func TestProposedChangesAreBounded(t *testing.T) {
+	c := newCluster(t, 1, nil)
+	l := c.leader()
+	full := *l.node.members.Load()
+	for id := uint64(2); id <= maxMembers; id++ {
+		full.Members = append(full.Members, member{ID: id, PeerURLs: []string{testURL(id)}, Learner: true, Started: true})
+	}
+	if err := l.node.do(c.ctx(), func() { l.node.setMembers(&full) }); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := l.store.addMember(c.ctx(), memberSpec{PeerURL: testURL(99)}); !errors.Is(err, errBadRequest) {
+		t.Errorf("one member more than may be: %v", err)
+	}
+}
+
 func TestMayRemove(t *testing.T) {
 	for _, x := range []struct {
 		name string

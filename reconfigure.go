@@ -311,7 +311,7 @@ func (s *kvstore) changeMembers(ctx context.Context, c memberChange, check func(
 			return err
 		}
 	}
-	c.Version, c.Node, c.Request = memberChangeVersion, s.node.id, s.node.nextRequest()
+	c.Version, c.Node, c.Request, c.Bounded = memberChangeVersion, s.node.id, s.node.nextRequest(), true
 	p := &confProposal{ctx: ctx, change: c, done: make(chan error, 1)}
 	select {
 	case s.node.confChangeC <- p:
