@@ -30,9 +30,12 @@ import (
 //   - a tick counts only in an entry of the term it was made in: a late one of
 //     a former leader, forwarded to the present one, could be ahead.
 //
-// A lease begins to run at the first tick that was made some time after its
-// grant was applied by the leader (kv.Tick.Seen), so that what it took to commit
-// and to answer the client is not counted against it. Every member measures, so a new
+// A lease begins to run at the first tick that was made after its grant was applied
+// by the leader that made the tick (kv.Tick.Seen): a TTL is never early counted from
+// when the leader had the write, and so from when it was sent. It gives a follower some
+// time to apply the grant and to answer (seenAfter), and as that is all it gives, an
+// answer that comes later than that, through a follower or a network that stood still,
+// may find the TTL partly or wholly over. Every member measures, so a new
 // leader goes on where the old one was, and the time of an election is not lost.
 
 // clock is what the loop must know to tick. The apply loop publishes it.
@@ -123,13 +126,18 @@ func (n *raftNode) proposeTick() {
 // forwarded to its successor, which refuses it.
 func (n *raftNode) stillLeads() bool { return n.raw.BasicStatus().RaftState == raft.StateLeader }
 
-// noteSeen keeps what was applied one tick of raft ago and more: by then a
-// follower has applied it too, and answered its client.
+// noteSeen keeps what was applied seenAfter ago and more, as a rule one tick of raft:
+// by then a follower that is not held up has applied it too, and answered its client.
 func (n *raftNode) noteSeen() {
-	if c := n.clock.Load(); c != nil {
-		n.seen[0], n.seen[1] = n.seen[1], c.applied
+	now := n.time()
+	if c := n.clock.Load(); c != nil && now.Sub(n.seenAt) >= n.seenAfter() {
+		n.seen[0], n.seen[1], n.seenAt = n.seen[1], c.applied, now
 	}
 }
+
+// seenAfter is shorter than a tick of raft, which may come somewhat early, and holds
+// where the loop was held up: then the next tick follows at once.
+func (n *raftNode) seenAfter() time.Duration { return n.cfg.TickInterval * 3 / 4 }
 
 // mayTick refuses a batch with a tick that was made in another term than the
 // entry it arrived in, on every member alike.

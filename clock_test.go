@@ -241,6 +241,25 @@ func TestTicksOfOneLeader(t *testing.T) {
 	}
 }
 
+// A loop that was held up ticks twice at once: followers get their time all the same.
+func TestSeenTakesItsTime(t *testing.T) {
+	b := newBenchNode(t)
+	now := time.Unix(1000, 0)
+	b.time = func() time.Time { return now }
+	applied := uint64(10)
+	for _, x := range []struct {
+		after time.Duration // of a tick
+		want  uint64
+	}{{b.cfg.TickInterval, 0}, {b.cfg.TickInterval, 11}, {0, 11}, {b.cfg.TickInterval / 8, 11}, {b.cfg.TickInterval * 7 / 8, 12}, {b.cfg.TickInterval * 9 / 10, 15}} {
+		now = now.Add(x.after)
+		applied++
+		b.clock.Store(&clock{applied: applied})
+		if b.noteSeen(); b.seen[0] != x.want {
+			t.Errorf("after %v more, with %d applied, seen is %d, want %d", x.after, applied, b.seen[0], x.want)
+		}
+	}
+}
+
 // TestTickRules: a leader ticks only once it has applied an entry of its own
 // term, and says that it has seen only what it had applied a raft tick before.
 func TestTickRules(t *testing.T) {
@@ -262,7 +281,7 @@ func TestTickRules(t *testing.T) {
 		if n.node.proposeTick(); !n.node.raw.HasReady() {
 			t.Error("no tick although a deadline has passed")
 		}
-		n.node.seen = [2]uint64{1, 1 << 40}
+		n.node.seen, n.node.seenAt = [2]uint64{1, 1 << 40}, time.Time{}
 		if n.node.noteSeen(); n.node.seen != [2]uint64{1 << 40, real.applied} {
 			t.Errorf("seen %v, want what was applied one tick ago first", n.node.seen)
 		}

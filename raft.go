@@ -105,7 +105,8 @@ type raftNode struct {
 	queue         []*proposal       // collected, not yet proposed
 	tickSent      time.Time         // of the last kv.Tick
 	ownTick       ownTick           // the last one
-	seen          [2]uint64         // index applied two ticks ago or less, and one or less
+	seen          [2]uint64         // index applied when noteSeen last looked but one, and when it last looked
+	seenAt        time.Time         // when that was
 	held          []*raftpb.Message // forwarded proposals parked while leadership moves
 	heldBytes     int               // of their entries, at most maxUncommitted
 	dropped       bool              // raft dropped a proposal; wait for a tick, a commit or a leader
