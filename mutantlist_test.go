@@ -229,8 +229,8 @@ var mutants = []mutant{
 	},
 	{
 		name: "a heartbeat's context may be of any length", file: "peer.go",
-		before: "c != 0 && c != 8 {",
-		after:  "c < 0 {",
+		before: "return len(c) == 0 || len(c) == 8",
+		after:  "return true",
 		test:   "TestRefusedMessages|TestEveryMessage",
 	},
 	{
@@ -371,5 +371,23 @@ var mutants = []mutant{
 		before: `l.segments[1].first <= index {`,
 		after:  `l.segments[1].first <= index+1 {`,
 		test:   "TestEitherKept", in: ".",
+	},
+	{
+		name: "a removal counts who is connected", file: "reconfigure.go",
+		before: "return v == n.id || n.answered[v] > asked",
+		after:  "return v == n.id || asked > 0 || n.alive(v)",
+		test:   "TestRemovalRestsOnAnswers",
+	},
+	{
+		name: "a read forgets a peer's deadline", file: "peerreceive.go",
+		before: "if !c.mu.until.IsZero() && ",
+		after:  "if false && ",
+		test:   "TestDrippingPeers",
+	},
+	{
+		name: "any stranger moves leadership", file: "aside.go",
+		before: "if !n.admit(w, r) {",
+		after:  "if false {",
+		test:   "TestWhoMayAskToYield",
 	},
 }

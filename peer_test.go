@@ -965,38 +965,6 @@ func TestFullQueueDrops(t *testing.T) {
 	}
 }
 
-// What is asked of a leader before a removal costs heartbeats: members alone may ask.
-func TestLeaderIsAskedWhoIsAlive(t *testing.T) {
-	c := newCluster(t, 3, nil)
-	l, f := c.leader(), c.follower()
-	srv, _ := peerPort(t, l)
-	at := member{ID: l.id, PeerURLs: []string{srv.URL}}
-	for _, x := range []struct{ without, said uint64 }{{0, 0}, {f.id, f.id}, {l.id, l.id}, {77, 77}} {
-		if info, err := f.node.askMember(c.ctx(), at, x.without); err != nil || info.Without != x.said || info.AtRisk != "" {
-			t.Errorf("without member %d: %+v, %v", x.without, info, err)
-		}
-	}
-	hung := 6 - l.id - f.id
-	c.net.dropIf(func(m *raftpb.Message) bool { return m.GetFrom() == hung })
-	if info, err := f.node.askMember(c.ctx(), at, f.id); err != nil || info.Without != f.id || !strings.HasPrefix(info.AtRisk, "without member") {
-		t.Errorf("without member %d while member %d hangs: %+v, %v", f.id, hung, info, err)
-	}
-	follower, _ := peerPort(t, f)
-	at.PeerURLs = []string{follower.URL}
-	if info, err := f.node.askMember(c.ctx(), at, l.id); err != nil || info.Without != 0 {
-		t.Errorf("a follower says %+v, %v", info, err)
-	}
-	for query, want := range map[string]int{"?without=2": 412, "?without=x": 412, "": 200, "?without=": 200} {
-		resp, err := http.Get(srv.URL + clusterInfoPath + query)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if resp.Body.Close(); resp.StatusCode != want {
-			t.Errorf("%q from a stranger: %d, want %d", query, resp.StatusCode, want)
-		}
-	}
-}
-
 // An entry that takes the place of another is not on this disk yet.
 func TestSplitCommitted(t *testing.T) {
 	b := newBenchNode(t)
