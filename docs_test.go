@@ -602,6 +602,7 @@ func TestDocsLimits(t *testing.T) {
 		{"pause inside the body of a request", bodyProgress.String() + ", and an import in chunks has to bring " + docBytes(importPiece) + " in " + importProgress.String()},
 		{"what answers of more than " + docBytes(smallAnswer) + " hold on a member until they are read", docBytes(int64(maxAnswerBytes))},
 		{"connections to a member", docCount(c.MaxConns) + " (`--max-connections`), or the limit of open files less " + docCount(fileReserve)},
+		{"calls of HTTP/2 under way on a member, other than health", "as many as connections"},
 		{"`timeout=`", c.DefaultTimeout.String() + " by default, " + c.MaxTimeout.String() + " at most"},
 		{"`Prefer: wait=`", docCount(maxWaitSeconds) + " seconds"},
 	} {

@@ -93,7 +93,7 @@ type limits struct {
 	MaxInFlight    int           // requests waiting on the store; more get 429
 	DefaultTimeout time.Duration // a call without timeout=
 	MaxTimeout     time.Duration // the most timeout= may ask for
-	MaxConns       int           // open client connections
+	MaxConns       int           // open client connections; and calls of HTTP/2, however many connections they share
 	MaxBodyBytes   int64         // bodies under way, together
 	MaxAnswerBytes int64         // answers under way, together; one larger than that is let through alone
 	MaxExports     int           // exports under way; more get 429
@@ -143,6 +143,7 @@ type httpAPI struct {
 	buffers sync.Pool // of *[]byte, for bodies
 
 	exports, imports atomic.Int64 // under way
+	streams          atomic.Int64 // calls of HTTP/2 under way, see limits.MaxConns
 	deadlines        sharedDeadlines
 	bodies           bodyRoom
 	answers          answerRoom
@@ -183,6 +184,8 @@ type apiCall struct {
 func (a *httpAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.ProtoMajor > 1 {
 		w = &streamWriter{ResponseWriter: w, deadlines: http.NewResponseController(w)}
+		a.streams.Add(1)
+		defer a.streams.Add(-1)
 	}
 	c := apiCall{api: a, w: w, r: r, start: time.Now(), bodyPending: r.ContentLength != 0}
 	c.deadline = c.start.Add(a.l.DefaultTimeout)
@@ -236,6 +239,9 @@ func (c *apiCall) serve() error {
 	c.route = rt
 	if err := c.api.origins.Check(c.r); err != nil {
 		return &httpRefusal{err: errCrossOrigin, detail: err.Error()}
+	}
+	if c.r.ProtoMajor > 1 && rt < routeStatus && c.api.streams.Load() > int64(c.api.l.MaxConns) {
+		return &httpRefusal{err: errOverloaded, detail: strconv.Itoa(c.api.l.MaxConns) + " calls of HTTP/2 are under way on this member, the limit"}
 	}
 	switch rt {
 	case routeKey, routeKV:

@@ -256,6 +256,43 @@ func TestIdleStreamLives(t *testing.T) {
 	})
 }
 
+// One connection of HTTP/2 carries many calls: of those a member has as many under way
+// as it may have connections, and those of health besides.
+func TestStreamsAreBounded(t *testing.T) {
+	l := testLimits()
+	l.MaxConns = 2
+	h, _ := newTwinAPI(t, l)
+	addr := serveTest(t, h)
+	client := http2Client(t)
+	status := func(c *http.Client, target string) int {
+		t.Helper()
+		resp, err := c.Do(requestTo(t, "GET", addr, target, nil))
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		return resp.StatusCode
+	}
+	ctx, leave := context.WithCancel(t.Context())
+	for range 2 {
+		resp, err := client.Do(requestTo(t, "GET", addr, "/v1/watch", nil).WithContext(ctx))
+		if err != nil || resp.StatusCode != 200 {
+			t.Fatal(resp, err)
+		}
+		defer resp.Body.Close()
+	}
+	for target, want := range map[string]int{"/v1/kv/k": 429, "/v1/watch": 429, "/livez": 200, "/readyz": 200, "/v1/status": 200, "/metrics": 200} {
+		if got := status(client, target); got != want {
+			t.Errorf("%s by HTTP/2: %d, want %d", target, got, want)
+		}
+	}
+	if got := status(http.DefaultClient, "/v1/kv/k"); got != 404 {
+		t.Errorf("by HTTP/1.1: %d", got)
+	}
+	leave()
+	waitFor(t, "the streams to end", func() bool { return status(client, "/v1/kv/k") == 404 })
+}
+
 // A stream that ended in time leaves no deadline behind for the next answer on
 // the connection.
 func TestCutterLeavesConnectionAlone(t *testing.T) {
