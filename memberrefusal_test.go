@@ -7,6 +7,7 @@ import (
 	"maps"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
 
 	"go.etcd.io/raft/v3/raftpb"
@@ -18,7 +19,7 @@ import (
 // A process that hangs keeps its connections, and was heard of a moment ago: only an
 // answer to what is asked now counts. A refusal leaves the leader where it is.
 func TestRemovalRestsOnAnswers(t *testing.T) {
-	c := newCluster(t, 3, nil)
+	c := newCluster(t, 3, func(cfg *Config) { cfg.ElectionTicks = 20 })
 	l, f := c.leader(), c.follower()
 	c.housekept()
 	hung := 6 - l.id - f.id
@@ -31,16 +32,21 @@ func TestRemovalRestsOnAnswers(t *testing.T) {
 	})
 	term := l.node.soft.Load().term
 	c.net.dropIf(func(m *raftpb.Message) bool { return m.GetFrom() == hung })
+	ctx := c.ctx()
+	var all sync.WaitGroup
 	for _, x := range []struct {
 		asked *testNode
 		id    uint64
 	}{{l, f.id}, {l, l.id}, {f, l.id}, {f, f.id}} {
-		if err := x.asked.store.removeMember(c.ctx(), x.id, false); !errors.Is(err, errQuorumAtRisk) {
-			t.Errorf("member %d is asked to remove member %d while member %d hangs: %v", x.asked.id, x.id, hung, err)
-		}
-		if s := l.node.soft.Load(); s.lead != l.id || s.term != term || len(l.node.members.Load().Members) != 3 {
-			t.Fatalf("refused, and the leader was %d in term %d and now is %d in term %d, members %v", l.id, term, s.lead, s.term, l.node.members.Load())
-		}
+		all.Go(func() {
+			if err := x.asked.store.removeMember(ctx, x.id, false); !errors.Is(err, errQuorumAtRisk) {
+				t.Errorf("member %d is asked to remove member %d while member %d hangs: %v", x.asked.id, x.id, hung, err)
+			}
+		})
+	}
+	all.Wait()
+	if s := l.node.soft.Load(); s.lead != l.id || s.term != term || len(l.node.members.Load().Members) != 3 {
+		t.Fatalf("refused, and the leader was %d in term %d and now is %d in term %d, members %v", l.id, term, s.lead, s.term, l.node.members.Load())
 	}
 	if _, err := f.store.put(c.ctx(), "k", nil); err != nil {
 		t.Fatal(err)
@@ -76,7 +82,7 @@ func TestAnswersCountInTheirTerm(t *testing.T) {
 
 // What is asked of a leader before a removal costs heartbeats: members alone may ask.
 func TestLeaderIsAskedWhoIsAlive(t *testing.T) {
-	c := newCluster(t, 3, nil)
+	c := newCluster(t, 3, func(cfg *Config) { cfg.ElectionTicks = 20 })
 	l, f := c.leader(), c.follower()
 	srv, _ := peerPort(t, l)
 	at := member{ID: l.id, PeerURLs: []string{srv.URL}}

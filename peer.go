@@ -459,7 +459,7 @@ func (n *raftNode) askMember(ctx context.Context, m member, without uint64) (*cl
 	path := clusterInfoPath
 	if without != 0 {
 		path += "?without=" + strconv.FormatUint(without, 10)
-		c.Timeout += n.cfg.electionTimeout() // see survives
+		c.Timeout += n.cfg.survivePatience()
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url+path, nil)
 	if err != nil {

@@ -237,10 +237,10 @@ func (n *raftNode) alive(id uint64) bool {
 }
 
 // survives says whether the voters that are left without member id could go on.
-// Only a leader knows, and only of what it asks: it waits, for an election time-out
-// at most, until enough of them have answered a heartbeat that left after the call.
+// Only a leader knows, and only of what it asks: it waits, for survivePatience at
+// most, until enough of them have answered a heartbeat that left after the call.
 func (n *raftNode) survives(ctx context.Context, id uint64) (leads bool, err error) {
-	patience := time.NewTimer(n.cfg.electionTimeout())
+	patience := time.NewTimer(n.cfg.survivePatience())
 	defer patience.Stop()
 	look := time.NewTicker(max(n.cfg.TickInterval/10, time.Millisecond))
 	defer look.Stop()
@@ -272,6 +272,12 @@ func (n *raftNode) survives(ctx context.Context, id uint64) (leads bool, err err
 			return false, errStopping
 		}
 	}
+}
+
+// survivePatience: a member that is silent for longer would not follow either. Ticks
+// as short as those of tests do not make a busy machine faster.
+func (c *Config) survivePatience() time.Duration {
+	return max(c.electionTimeout(), 500*time.Millisecond)
 }
 
 // successor is the member that this leader would hand over to: the voter that

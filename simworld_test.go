@@ -461,7 +461,7 @@ func (w *simWorld) replace(m *simMember) {
 
 func (w *simWorld) proposeRemoval(n *simNode, id uint64) {
 	w.changes++
-	w.do(n, func() { // removeMember asks on the loop as well
+	w.do(n, func() { // removeMember asks more, of the leader; the world may harm itself, and heals
 		w.changes--
 		if n.n.members.Load().mayRemove(id, n.n.alive) == nil {
 			w.proposeChange(n, memberChange{Op: opRemove, Member: member{ID: id}})
