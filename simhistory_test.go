@@ -84,7 +84,7 @@ func (h *simHistory) stop() {
 // final asks member m to write and read until it does, unless it is no member
 // in the end.
 func (h *simHistory) final(m *simMember) {
-	if m.gone || m.lost {
+	if m.gone || m.lost || h.forgotten(m) {
 		delete(h.finals, m.id)
 		return
 	}
@@ -117,6 +117,13 @@ func (h *simHistory) final(m *simMember) {
 		}
 		again()
 	})
+}
+
+// forgotten: it was removed, and whomever it could hear that from has left since.
+func (h *simHistory) forgotten(m *simMember) bool {
+	return m.node != nil && !slices.ContainsFunc(h.w.up(), func(o *simMember) bool {
+		return o != m && (o.node.n.members.Load().index(m.id) >= 0 || m.node.n.members.Load().index(o.id) >= 0)
+	}) && len(h.w.up()) > 1
 }
 
 // isMember says that some member that runs has id in its table.

@@ -329,7 +329,9 @@ func (w *simWorld) nemesis() {
 		}
 	})
 	one(p.spoil, func(m *simMember) {
-		if w.intact() && m.disk.spoil(r, r.Chance(0.4) && len(m.node.n.members.Load().voters()) > 2) {
+		// Its own table may be behind: others may have left.
+		three := len(m.node.n.members.Load().voters()) > 2 && len(slices.DeleteFunc(slices.Clone(w.members), func(x *simMember) bool { return x.gone })) > 2
+		if w.intact() && m.disk.spoil(r, r.Chance(0.4) && three) {
 			w.mark("rot", m)
 		}
 	})
