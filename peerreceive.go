@@ -30,16 +30,16 @@ import (
 const (
 	smallMessage     = 64 << 10         // larger messages take a place
 	largeMessages    = 8                // received at once; more are answered 503, and raft sends again
-	peerPace         = 64 << 10         // bytes of a message that buy it another second of time
 	maxSnapMessage   = 1 << 20          // the message before a snapshot: metadata and members
 	snapshotsAtOnce  = 4                // as above; one leader sends one
 	snapshotProgress = 30 * time.Second // in which at least snapshotPiece of a snapshot has to come
 	snapshotPiece    = 256 << 10
 )
 
-// peerPatience is the time in which a request of a peer has to come, but for what
-// peerPace adds and the file of a snapshot. Only tests change it.
-var peerPatience = 10 * time.Second
+// peerPatience is the time in which a request of a peer has to come, but for the file
+// of a snapshot; a message gets another second for each peerPace bytes that came.
+// Only tests change them.
+var peerPatience, peerPace = 10 * time.Second, 64 << 10
 
 // peerReceiver takes what peers send. Its channels are semaphores.
 type peerReceiver struct {
@@ -115,7 +115,7 @@ type peerBody struct {
 
 func (b *peerBody) Read(p []byte) (int, error) {
 	n, err := b.Reader.Read(p)
-	b.until = b.until.Add(time.Duration(n) * time.Second / peerPace)
+	b.until = b.until.Add(time.Duration(n) * time.Second / time.Duration(peerPace))
 	readUntil(b.conn, b.until)
 	return n, err
 }
@@ -233,8 +233,8 @@ func (in *peerReceiver) snapshot(r *http.Request, b *peerBody) error {
 	}
 	index := m.GetSnapshot().GetMetadata().GetIndex()
 	start := time.Now()
-	readUntil(b.conn, time.Time{})                                    // what follows has a pace of its own
-	defer func() { readUntil(b.conn, time.Now().Add(time.Second)) }() // but not once it is refused
+	readUntil(b.conn, time.Time{})                                        // what follows has a pace of its own
+	defer func() { readUntil(b.conn, time.Now().Add(peerPatience/10)) }() // but not once it is refused
 	body := &snapBody{Reader: r.Body, room: in.roomForSnapshot, since: start}
 	if err := in.snaps.receiveSnapshot(index, body, func(h snapHeader) error { return in.snapshotFits(m, h) }); err != nil {
 		in.said.Error("refused a snapshot", zap.Uint64("from", m.GetFrom()), zap.Uint64("index", index), zap.Error(err))

@@ -20,8 +20,8 @@ import (
 // Whoever sends a byte now and then loses its connection, and its place, whatever it
 // has begun to send.
 func TestDrippingPeers(t *testing.T) {
-	defer func(d time.Duration) { peerPatience = d }(peerPatience)
-	peerPatience = 100 * time.Millisecond
+	defer func(patience time.Duration, pace int) { peerPatience, peerPace = patience, pace }(peerPatience, peerPace)
+	peerPatience, peerPace = 100*time.Millisecond, 1<<20
 	c := newCluster(t, 1, nil)
 	l := c.leader()
 	_, tr := peerPort(t, l)
@@ -96,7 +96,7 @@ func TestBytesBuyTime(t *testing.T) {
 	w := &deadlineWriter{ResponseRecorder: httptest.NewRecorder()}
 	b := &peerBody{zeros{}, http.NewResponseController(w), until}
 	for _, n := range []int{1, peerPace - 1, peerPace, peerPace} {
-		until = until.Add(time.Duration(n) * time.Second / peerPace)
+		until = until.Add(time.Duration(n) * time.Second / time.Duration(peerPace))
 		if _, err := io.ReadFull(b, make([]byte, n)); err != nil || until.Sub(w.until).Abs() > time.Millisecond {
 			t.Errorf("%v; after %d more bytes the deadline is %v, want %v", err, n, w.until, until)
 		}
