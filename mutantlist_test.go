@@ -385,6 +385,24 @@ var mutants = []mutant{
 		test:   "TestDrippingPeers",
 	},
 	{
+		name: "a message may come at any pace", file: "peerreceive.go",
+		before: `b.until = b.until.Add(`,
+		after:  `b.until = time.Now().Add(`,
+		test:   "TestBytesBuyTime|TestDrippingPeers",
+	},
+	{
+		name: "what was refused may come at any pace", file: "peerreceive.go",
+		before: `defer func() { readUntil(b.conn, time.Now().Add(peerPatience/10)) }()`,
+		after:  `defer func() {}()`,
+		test:   "TestBytesBuyTime|TestDrippingPeers",
+	},
+	{
+		name: "a later tick of a leader may read less", file: "clock.go",
+		before: `return max(c.read(now), own.reads+now.Sub(own.made).Milliseconds())`,
+		after:  `return c.read(now)`,
+		test:   "TestTicksOfOneLeader",
+	},
+	{
 		name: "any stranger moves leadership", file: "aside.go",
 		before: "if !n.admit(w, r) {",
 		after:  "if false {",
