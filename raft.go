@@ -120,7 +120,8 @@ type raftNode struct {
 	leaving       map[uint64]uint64 // removed peer -> tick at which its connections go
 	tended        map[uint64]uint64 // member -> tick of the last housekeeping proposal
 	confQueue     []*confProposal
-	removed       error
+	founder       founder
+	removed       error // ends the loop: this member is out of the cluster, or must not be in it
 	testified     testified
 	cut           bool   // a commit was not delivered: no later one may be
 	replayed      uint64 // last entry that was committed before this start
@@ -269,8 +270,15 @@ func (n *raftNode) serveChannels() (err error) {
 // begin is what the loop does before its first turn.
 func (n *raftNode) begin() {
 	n.connectPeers()
-	if m := n.members.Load().voters(); len(m) == 1 && m[0] == n.id {
-		n.warn("campaign", n.raw.Campaign()) // nobody else could lead: no need to sit out the election time-out
+	n.campaignAlone()
+}
+
+// campaignAlone has the only voter lead at once: nobody else could, so there is no
+// election time-out to sit out. raft refuses, without a word, while a committed
+// change of members waits to be applied.
+func (n *raftNode) campaignAlone() {
+	if m := n.members.Load().voters(); len(m) == 1 && m[0] == n.id && n.raw.BasicStatus().RaftState == raft.StateFollower {
+		n.warn("campaign", n.raw.Campaign())
 	}
 }
 
@@ -280,10 +288,14 @@ func (n *raftNode) turn() error {
 	n.propose()
 	n.proposeConf()
 	n.issueReads()
-	if n.raw.HasReady() {
-		return n.ready()
+	if !n.raw.HasReady() {
+		return nil
 	}
-	return nil
+	err := n.ready()
+	if err == nil && n.now.lead == raft.None {
+		n.campaignAlone()
+	}
+	return err
 }
 
 // busy says that there is work which no channel will announce.
@@ -313,7 +325,7 @@ func (n *raftNode) step(m *raftpb.Message) {
 	if _, known := n.lastSeen[m.GetFrom()]; known || n.members.Load().index(m.GetFrom()) >= 0 {
 		n.lastSeen[m.GetFrom()] = n.ticks
 	}
-	if n.aside.drops(m, n.ticks) {
+	if n.aside.drops(m, n.ticks) || n.withholds(m) {
 		return
 	}
 	switch m.GetType() {

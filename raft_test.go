@@ -316,6 +316,15 @@ func TestSingleVoterServesAfterRestart(t *testing.T) {
 	}
 }
 
+// The only voter leads at once, with a change of members in its log that is still to
+// be applied: while there is one raft does not campaign.
+func TestSingleVoterLeadsAtOnce(t *testing.T) {
+	c := newCluster(t, 1, func(cfg *Config) { cfg.ElectionTicks = 100_000 })
+	c.housekept() // its own start is noted in the log
+	c.stop(1)
+	c.start(1).mustGet("k", "v")
+}
+
 func TestMinRevision(t *testing.T) {
 	c := newCluster(t, 3, nil)
 	l, f := c.leader(), c.follower()

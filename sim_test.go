@@ -42,7 +42,7 @@ var (
 // What the default tests run: all seeds if that takes no longer than simTime,
 // and simFloor of them in any case.
 const (
-	simSeeds = 400
+	simSeeds = 300
 	simFloor = 80
 	simTime  = 25 * time.Second
 )

@@ -101,6 +101,14 @@ func (w *simWorld) start(m *simMember) {
 		w.failf("member %d: %v", m.id, err)
 	}
 	n.n.time, n.n.spawn, n.n.tr = n.clock, n.spawn, n
+	n.n.ask = func(_ context.Context, to member, _ uint64) (*clusterInfo, error) {
+		o := w.member(to.ID).node
+		if o == nil || o.paused > w.q.Now() || w.net.IsCut(m.id, to.ID) || w.net.IsCut(to.ID, m.id) {
+			return nil, errSimLost
+		}
+		w.cover.Hit("founder/asks")
+		return &clusterInfo{Member: to.ID, Members: o.n.members.Load()}, nil
+	}
 	n.s = newKVStore(n.n, r, m.disk)
 	n.s.write = func(h snapHeader, state *kv.State) { w.writeSnapshot(n, h, state) }
 	if w.prof.watchQueue > 0 {

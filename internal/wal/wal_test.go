@@ -207,7 +207,7 @@ func recycled(t *testing.T) (files map[string][]byte, newest string, want histor
 	fill(t, l, 3)
 	must(t, l.Release(l.last))
 	fill(t, l, 3)
-	must(t, l.Release(l.segments[1].first-1))
+	must(t, l.Release(l.segments[1].first))
 	for range 5 {
 		l.Entry(0, 1, l.last+1, []byte("some data"))
 		must(t, l.Sync())
