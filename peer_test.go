@@ -419,6 +419,20 @@ func TestMessagesThatNeedState(t *testing.T) {
 			b.receive(beat(3, 7, 6)) // of a later leader
 			commit(t, b, 1)
 		},
+		"an append differs from what is committed": func(t *testing.T, b *benchNode) {
+			follow(t, b)
+			b.receive(beat(2, 2, 4))
+			commit(t, b, 4)
+			b.receive(appendTo(3, 5, 3, 4, entry(4, 5)))
+			commit(t, b, 4)
+			if term := b.raw.BasicStatus().GetTerm(); term != 2 {
+				t.Errorf("raft heard of it, the term is %d", term)
+			}
+			b.receive(appendTo(3, 5, 3, 2, entry(4, 2), entry(5, 5))) // it is equal up to there
+			if b.settle(t); b.stable != 5 || b.raw.BasicStatus().GetTerm() != 5 {
+				t.Errorf("the log ends at %d, in term %d", b.stable, b.raw.BasicStatus().GetTerm())
+			}
+		},
 		"a heartbeat commits what an append has just cut off": func(t *testing.T, b *benchNode) {
 			follow(t, b)
 			b.receive(appendTo(3, 3, 2, 2, entry(3, 3))) // the log ends at 3 now, the disk at 5

@@ -346,7 +346,18 @@ func (n *raftNode) step(m *raftpb.Message) {
 		if n.raw.BasicStatus().RaftState != raft.StateLeader {
 			return
 		}
-	case raftpb.MsgApp, raftpb.MsgSnap:
+	case raftpb.MsgApp:
+		// raft takes what is committed here for equal, and says so to the leader:
+		// nothing would be applied here any more, and nobody would know why.
+		if m.GetIndex() <= n.progress.committed.Load() && m.GetTerm() >= n.now.term {
+			if t, err := n.mem.Term(m.GetIndex()); err == nil && t != m.GetLogTerm() {
+				n.refuse(m, fmt.Sprintf("its log has term %d where an entry of term %d is committed here: one of the two has lost its data. If a majority agrees with the other one, "+
+					"remove this member (DELETE /%d on another one) and add a new one with a new id and an empty data directory", m.GetLogTerm(), t, n.id))
+				return
+			}
+		}
+		n.unsaved = true
+	case raftpb.MsgSnap:
 		n.unsaved = true
 	case raftpb.MsgHeartbeat:
 		if n.unsaved && n.raw.HasReady() {
