@@ -291,18 +291,19 @@ func (d *diskStore) salvageTable() *membership {
 }
 
 // askTable asks the peers of --cluster for the member table; nil: nobody answers.
-func askTable(ctx context.Context, cfg Config) *membership {
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
-	defer cancel()
-	for _, c := range cfg.Cluster {
-		if c.ID == cfg.ID {
+// One of them may lag behind, or have been removed without knowing: of what they say
+// it takes what speaks most against standing aside.
+func askTable(ctx context.Context, cfg Config) (table *membership) {
+	for a := range askAll(ctx, cfg.otherURLs()) {
+		if a.err != nil {
 			continue
 		}
-		if info, err := askPeer(ctx, peerClient(), c.URL); err == nil {
-			return info.Members
+		m := a.info.Members
+		if table == nil || m.isRemoved(cfg.ID) || !table.isRemoved(cfg.ID) && len(m.voters()) < len(table.voters()) {
+			table = m
 		}
 	}
-	return nil
+	return table
 }
 
 // asideState is the loop's side.

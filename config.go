@@ -279,6 +279,16 @@ func (c *Config) peerURL() string {
 	return ""
 }
 
+// otherURLs are those of the other nodes in --cluster.
+func (c *Config) otherURLs() (urls []string) {
+	for _, m := range c.Cluster {
+		if m.ID != c.ID {
+			urls = append(urls, m.URL)
+		}
+	}
+	return urls
+}
+
 // electionTimeout is the longest silence after which a healthy follower campaigns.
 func (c *Config) electionTimeout() time.Duration {
 	return time.Duration(2*c.ElectionTicks) * c.TickInterval

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"net/http"
 	"path"
 	"slices"
@@ -443,6 +444,36 @@ func mayFound(ctx context.Context, cfg Config) error {
 		}
 	}
 	return nil
+}
+
+// peerAnswer is what one peer said of its cluster, or why it said nothing.
+type peerAnswer struct {
+	url  string
+	info *clusterInfo
+	err  error
+}
+
+// askAll asks the peers at these URLs all at the same time, each for as long as
+// peerClient waits, and yields their answers as they come: one that hangs keeps
+// nobody from being heard. To stop early ends the questions that are open.
+func askAll(ctx context.Context, urls []string) iter.Seq[peerAnswer] {
+	return func(yield func(peerAnswer) bool) {
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		answers := make(chan peerAnswer, len(urls))
+		for _, url := range urls {
+			// goroutine: peer-asker
+			go func() {
+				info, err := askPeer(ctx, peerClient(), url)
+				answers <- peerAnswer{url, info, err}
+			}()
+		}
+		for range urls {
+			if !yield(<-answers) {
+				return
+			}
+		}
+	}
 }
 
 func askPeer(ctx context.Context, c *http.Client, url string) (*clusterInfo, error) {

@@ -11,10 +11,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -919,9 +921,64 @@ func TestJoinerConfirmsRemoval(t *testing.T) {
 	if err := s.confirmRemoval(t.Context()); !errors.Is(err, errRemoved) {
 		t.Errorf("removed: %v", err)
 	}
+	s.cfg.Cluster = slices.Insert(s.cfg.Cluster, 0, clusterURL{2, hungPeer(t)})
+	start := time.Now()
+	if err := s.confirmRemoval(t.Context()); !errors.Is(err, errRemoved) || time.Since(start) > time.Second {
+		t.Errorf("removed, beside a peer that hangs: %v after %v", err, time.Since(start))
+	}
+	s.cfg.Cluster = s.cfg.Cluster[1:]
 	table = &membership{ClusterID: 7, Members: table.Members}
 	if err := s.confirmRemoval(t.Context()); err != nil {
 		t.Errorf("not removed: %v", err)
+	}
+}
+
+// hungPeer is the URL of a process that stands still: its kernel accepts.
+func hungPeer(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = l.Close() })
+	return "http://" + l.Addr().String()
+}
+
+// A member that considers standing aside rests on the table with the fewest voters,
+// and on the one that says it was removed, whoever answers first.
+func TestAskTable(t *testing.T) {
+	members := func(n uint64) (m []member) {
+		for id := range n {
+			m = append(m, member{ID: id + 1, PeerURLs: []string{testURL(id + 1)}})
+		}
+		return m
+	}
+	old := &membership{ClusterID: 7, Members: members(5)}
+	small := &membership{ClusterID: 7, Members: members(2), Removed: []uint64{3, 4, 5}}
+	gone := &membership{ClusterID: 7, Members: members(4)[1:], Removed: []uint64{1}}
+	for i, tt := range []struct {
+		said []*membership
+		want *membership
+	}{
+		{[]*membership{old, small}, small},
+		{[]*membership{small, old}, small},
+		{[]*membership{small, gone, old}, gone},
+		{[]*membership{gone, small}, gone},
+		{nil, nil},
+	} {
+		cfg := Config{ID: 1, Cluster: []clusterURL{{1, testURL(1)}, {2, "http://127.0.0.1:1"}}} // 2 is down
+		for at, m := range tt.said {
+			srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if err := json.NewEncoder(w).Encode(clusterInfo{Member: 2, Members: m}); err != nil {
+					t.Error(err)
+				}
+			}))
+			t.Cleanup(srv.Close)
+			cfg.Cluster = append(cfg.Cluster, clusterURL{uint64(at + 3), srv.URL})
+		}
+		if got := askTable(t.Context(), cfg); !reflect.DeepEqual(got, tt.want) {
+			t.Errorf("%d: got %+v, want %+v", i, got, tt.want)
+		}
 	}
 }
 

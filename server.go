@@ -187,17 +187,11 @@ func (s *server) checkCluster(ctx context.Context, table *membership) error {
 	if !moved && (known == 0 || fits > 0) {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
-	defer cancel()
-	for _, c := range s.cfg.Cluster {
-		if c.ID == s.cfg.ID {
+	for a := range askAll(ctx, s.cfg.otherURLs()) {
+		if a.err != nil || a.info.Members.ClusterID != table.ClusterID {
 			continue
 		}
-		now, err := askPeer(ctx, peerClient(), c.URL)
-		if err != nil || now.Members.ClusterID != table.ClusterID {
-			continue
-		}
-		if self, ok := now.Members.get(s.cfg.ID); ok && slices.Contains(self.PeerURLs, s.cfg.peerURL()) {
+		if self, ok := a.info.Members.get(s.cfg.ID); ok && slices.Contains(self.PeerURLs, s.cfg.peerURL()) {
 			return nil
 		}
 	}
@@ -357,24 +351,15 @@ func (s *server) wait(ctx context.Context, loop, serving <-chan error) error {
 // confirmRemoval asks the peers for their table and returns errRemoved if one
 // of this cluster lists this member as removed.
 func (s *server) confirmRemoval(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
-	defer cancel()
-	var peers []clusterURL
+	urls := s.cfg.otherURLs() // a joiner that waits for its first snapshot has no table
 	for _, m := range s.node.members.Load().Members {
-		peers = append(peers, clusterURL{m.ID, m.PeerURLs[0]})
-	}
-	for _, c := range s.cfg.Cluster { // a joiner that waits for its first snapshot has no table
-		if !slices.Contains(peers, c) {
-			peers = append(peers, c)
+		if m.ID != s.cfg.ID && !slices.Contains(urls, m.PeerURLs[0]) {
+			urls = append(urls, m.PeerURLs[0])
 		}
 	}
-	for _, p := range peers {
-		if p.ID == s.cfg.ID {
-			continue
-		}
-		info, err := askPeer(ctx, peerClient(), p.URL)
-		if err == nil && info.Members.ClusterID == uint64(s.tr.ClusterID) && info.Members.isRemoved(s.cfg.ID) {
-			return fmt.Errorf("%w: member %d was removed, says %s", errRemoved, s.cfg.ID, p.URL)
+	for a := range askAll(ctx, urls) {
+		if a.err == nil && a.info.Members.ClusterID == uint64(s.tr.ClusterID) && a.info.Members.isRemoved(s.cfg.ID) {
+			return fmt.Errorf("%w: member %d was removed, says %s", errRemoved, s.cfg.ID, a.url)
 		}
 	}
 	return nil
