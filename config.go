@@ -149,7 +149,7 @@ func parseConfig(args []string, getenv func(string) string, out io.Writer) (Conf
 	c := defaultConfig()
 	fs := flag.NewFlagSet("pontoon", flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
-	fs.Uint64Var(&c.ID, "id", c.ID, "this node's id: its place in --cluster, from 1")
+	fs.Var(decimal[uint64]{&c.ID}, "id", "this node's `id`: its place in --cluster, from 1")
 	fs.Func("cluster", "comma-separated peer URLs; the first is node 1, or write `ID=URL`\n(default "+c.Cluster[0].URL+")", func(s string) (err error) {
 		c.Cluster, err = parseCluster(s)
 		return err
@@ -157,23 +157,23 @@ func parseConfig(args []string, getenv func(string) string, out io.Writer) (Conf
 	fs.StringVar(&c.ClusterToken, "cluster-token", c.ClusterToken, "a word that all members of a new cluster share; keeps two clusters apart")
 	fs.BoolVar(&c.Join, "join", c.Join, "join a running cluster (after POST /<id> to one of its members)")
 	fs.DurationVar(&c.JoinTimeout, "join-timeout", c.JoinTimeout, "how long --join waits to be let in")
-	fs.IntVar(&c.Port, "port", c.Port, "client port")
+	fs.Var(decimal[int]{&c.Port}, "port", "client `port`")
 	fs.StringVar(&c.ListenClient, "listen-client", "", "`host:port` to serve clients on (default every interface, --port)")
 	fs.StringVar(&c.ListenPeer, "listen-peer", "", "`host:port` to serve peers on (default that of this node's URL in --cluster)")
 	fs.StringVar(&c.ListenDebug, "listen-debug", "", "`host:port` to serve Go's profiles on, for whoever may see everything (default off)")
 	fs.StringVar(&c.AdvertiseClient, "advertise-client", "", "client `URL` to show in /v1/members")
 	fs.StringVar(&c.DataDir, "data-dir", "", "`directory` of the log and snapshots (default pontoon-<id>)")
 	fs.DurationVar(&c.TickInterval, "heartbeat", c.TickInterval, "time between a leader's heartbeats")
-	fs.IntVar(&c.ElectionTicks, "election-ticks", c.ElectionTicks, "silent heartbeats before an election; the draw is between n and 2n")
+	fs.Var(decimal[int]{&c.ElectionTicks}, "election-ticks", "`n` silent heartbeats before an election; the draw is between n and 2n")
 	fs.DurationVar(&c.DefaultTimeout, "request-timeout", c.DefaultTimeout, "deadline of a request that names none")
 	fs.DurationVar(&c.MaxTimeout, "max-request-timeout", c.MaxTimeout, "the longest deadline that a request may name")
-	fs.Uint64Var(&c.SnapshotEntries, "snapshot-entries", c.SnapshotEntries, "log entries between snapshots, at most")
+	fs.Var(decimal[uint64]{&c.SnapshotEntries}, "snapshot-entries", "`n` log entries between snapshots, at most")
 	fs.Var((*byteSize)(&c.SnapshotBytes), "snapshot-bytes", "log `size` between snapshots (or the size of the state, if that is larger)")
 	fs.Var((*byteSize)(&c.CatchUpBytes), "catch-up-bytes", "log `size` kept in memory, for followers that lag (or an eighth of the state, if that is larger)")
-	fs.IntVar(&c.KeepSnapshots, "keep-snapshots", c.KeepSnapshots, "snapshot files to keep, with the log from the oldest on; at least 2")
+	fs.Var(decimal[int]{&c.KeepSnapshots}, "keep-snapshots", "`n` snapshot files to keep, with the log from the oldest on; at least 2")
 	fs.Var((*byteSize)(&c.MaxValueBytes), "max-value-bytes", "largest value `size`; larger ones get 413")
-	fs.IntVar(&c.MaxInFlight, "max-in-flight", c.MaxInFlight, "client requests that may wait at once; more get 429")
-	fs.IntVar(&c.MaxConns, "max-connections", c.MaxConns, "open client connections; more wait to be accepted")
+	fs.Var(decimal[int]{&c.MaxInFlight}, "max-in-flight", "`n` client requests that may wait at once; more get 429")
+	fs.Var(decimal[int]{&c.MaxConns}, "max-connections", "`n` open client connections; more wait to be accepted")
 	fs.Var((*byteSize)(&c.DiskReserve), "disk-reserve", "free disk `size` below which writes get 507")
 	fs.TextVar(&c.LogLevel, "log-level", c.LogLevel, "debug, info, warn or error")
 	fs.StringVar(&c.LogFormat, "log-format", c.LogFormat, "auto (a terminal gets console), console or json")
@@ -237,6 +237,8 @@ func (c *Config) complete() error {
 		return fail("--max-in-flight and --max-connections must be at least 1")
 	case c.DefaultTimeout <= 0 || c.MaxTimeout < c.DefaultTimeout:
 		return fail("--request-timeout must be positive and at most --max-request-timeout")
+	case c.LogLevel < zapcore.DebugLevel || c.LogLevel > zapcore.ErrorLevel: // zap knows more
+		return fail("--log-level %v is none of debug, info, warn, error", c.LogLevel)
 	case !slices.Contains([]string{"auto", "console", "json"}, c.LogFormat):
 		return fail("--log-format %q is none of auto, console, json", c.LogFormat)
 	}
@@ -326,23 +328,33 @@ func parseCluster(s string) ([]clusterURL, error) {
 // parseHTTPURL accepts http://host:port and returns it in one spelling, so that
 // equal addresses compare equal.
 func parseHTTPURL(s string) (string, error) {
-	u, err := url.Parse(s)
+	host, port, err := splitHTTPURL(s)
 	if err != nil {
-		return "", fmt.Errorf("%q is not a URL", s)
+		return "", err
 	}
-	host, port, err := net.SplitHostPort(u.Host)
-	switch {
-	case u.Scheme != "http":
-		return "", fmt.Errorf("%q must start with http://", s)
-	case err != nil || host == "" || port == "":
-		return "", fmt.Errorf("%q must name host:port", s)
-	case strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "" || u.User != nil:
-		return "", fmt.Errorf("%q must be http://host:port and nothing more", s)
-	}
-	if n, err := strconv.Atoi(port); err != nil || n < 1 || n > 65535 {
+	n, err := strconv.ParseUint(port, 10, 16)
+	if err != nil || n == 0 {
 		return "", fmt.Errorf("%q has no valid port", s)
 	}
-	return "http://" + strings.ToLower(u.Host), nil
+	return fmt.Sprintf("http://%s:%d", host, n), nil
+}
+
+// splitHTTPURL returns the host as a URL has it, and the port as it was written.
+func splitHTTPURL(s string) (host, port string, err error) {
+	u, err := url.Parse(s)
+	if err != nil {
+		return "", "", fmt.Errorf("%q is not a URL", s)
+	}
+	host, port, err = net.SplitHostPort(u.Host)
+	switch {
+	case u.Scheme != "http":
+		return "", "", fmt.Errorf("%q must start with http://", s)
+	case err != nil || host == "" || port == "":
+		return "", "", fmt.Errorf("%q must name host:port", s)
+	case strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "" || u.User != nil:
+		return "", "", fmt.Errorf("%q must be http://host:port and nothing more", s)
+	}
+	return strings.ToLower(strings.TrimSuffix(u.Host, ":"+port)), port, nil
 }
 
 // parseID reads a member id: decimal, no leading zero, and not one of the two
@@ -361,6 +373,25 @@ func describeCluster(c []clusterURL) string {
 		b = append(b, fmt.Sprintf("%d (%s)", m.ID, m.URL))
 	}
 	return strings.Join(b, ", ")
+}
+
+// decimal is a flag value: a number in one spelling. Go's own would take 010 for 8.
+type decimal[T int | uint64] struct{ to *T }
+
+func (d decimal[T]) String() string {
+	if d.to == nil { // package flag asks for that of a zero value
+		return "0"
+	}
+	return fmt.Sprint(*d.to)
+}
+
+func (d decimal[T]) Set(s string) error {
+	n, err := strconv.ParseUint(s, 10, 64)
+	if err != nil || strconv.FormatUint(n, 10) != s || T(n) < 0 {
+		return fmt.Errorf("want a decimal number without leading zeros")
+	}
+	*d.to = T(n)
+	return nil
 }
 
 // byteSize is a flag value: a number with an optional KiB, MiB or GiB.

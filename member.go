@@ -267,9 +267,12 @@ func checkPeerURLs(urls []string) error {
 		if len(u) > maxPeerURLBytes {
 			return fmt.Errorf("%w: a peer URL of %d bytes; the limit is %d", errBadRequest, len(u), maxPeerURLBytes)
 		}
-		if clean, err := parseHTTPURL(u); err != nil {
+		clean, err := parseHTTPURL(u)
+		if err != nil {
 			return fmt.Errorf("%w: %v", errBadRequest, err)
-		} else if clean != u {
+		}
+		// Tables of before the port had one spelling may have leading zeros there.
+		if host, port, err := splitHTTPURL(u); err != nil || "http://"+host+":"+port != u {
 			return fmt.Errorf("%w: write the peer URL as %s", errBadRequest, clean)
 		}
 	}
