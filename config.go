@@ -76,6 +76,7 @@ const (
 	maxBodyBytes        = 256 << 20 // bodies of clients, on their way in or waiting for raft; more are answered 429
 	maxAnswerBytes      = 256 << 20 // large answers on their way to clients; more are answered 429
 	maxPeerConns        = 256       // connections of peers, who need ten each; more wait to be accepted
+	minDiskReserve      = 128 << 20 // a segment of the log, and what else is written until the free space is looked at again
 	promoteLag          = 32        // a learner this many entries behind the commit is caught up
 )
 
@@ -174,7 +175,7 @@ func parseConfig(args []string, getenv func(string) string, out io.Writer) (Conf
 	fs.Var((*byteSize)(&c.MaxValueBytes), "max-value-bytes", "largest value `size`; larger ones get 413")
 	fs.Var(decimal[int]{&c.MaxInFlight}, "max-in-flight", "`n` client requests that may wait at once; more get 429")
 	fs.Var(decimal[int]{&c.MaxConns}, "max-connections", "`n` open client connections; more wait to be accepted")
-	fs.Var((*byteSize)(&c.DiskReserve), "disk-reserve", "free disk `size` below which writes get 507")
+	fs.Var((*byteSize)(&c.DiskReserve), "disk-reserve", "free disk `size` below which writes get 507; at least 128MiB, or 0 for never")
 	fs.TextVar(&c.LogLevel, "log-level", c.LogLevel, "debug, info, warn or error")
 	fs.StringVar(&c.LogFormat, "log-format", c.LogFormat, "auto (a terminal gets console), console or json")
 
@@ -213,6 +214,7 @@ func (c *Config) complete() error {
 	fail := func(format string, a ...any) error {
 		return fmt.Errorf("%w: %s", errUsage, fmt.Sprintf(format, a...))
 	}
+	minReserve := byteSize(minDiskReserve)
 	own := slices.IndexFunc(c.Cluster, func(m clusterURL) bool { return m.ID == c.ID })
 	switch {
 	case c.ID == 0:
@@ -233,6 +235,9 @@ func (c *Config) complete() error {
 		return fail("--max-value-bytes must be between 1 and 16MiB")
 	case c.CatchUpBytes < 0, c.DiskReserve < 0:
 		return fail("--catch-up-bytes and --disk-reserve must not be negative")
+	case c.DiskReserve > 0 && c.DiskReserve < minDiskReserve:
+		return fail("--disk-reserve %v protects nothing: the log takes %v at once; give it %v or more, or 0 to refuse no writes",
+			(*byteSize)(&c.DiskReserve), (*byteSize)(&segmentBytes), &minReserve)
 	case c.MaxInFlight < 1, c.MaxConns < 1:
 		return fail("--max-in-flight and --max-connections must be at least 1")
 	case c.DefaultTimeout <= 0 || c.MaxTimeout < c.DefaultTimeout:

@@ -28,6 +28,19 @@ func TestConfigNumbers(t *testing.T) {
 	}
 }
 
+func TestConfigDiskReserve(t *testing.T) {
+	for size, want := range map[string]int64{"0": 0, "128MiB": 128 << 20, "1GiB": 1 << 30} {
+		if c, err := parseTestConfig("--disk-reserve", size); err != nil || c.DiskReserve != want {
+			t.Errorf("%s: %d, %v", size, c.DiskReserve, err)
+		}
+	}
+	for _, size := range []string{"1", "5MiB", "134217727"} {
+		if _, err := parseTestConfig("--disk-reserve", size); !errors.Is(err, errUsage) || !strings.Contains(err.Error(), "128MiB or more") {
+			t.Errorf("%s: %v", size, err)
+		}
+	}
+}
+
 func TestConfigLogLevel(t *testing.T) {
 	for _, level := range []string{"debug", "info", "warn", "error"} {
 		if c, err := parseTestConfig("--log-level", level); err != nil || c.LogLevel.String() != level {

@@ -396,8 +396,9 @@ type fullSite struct {
 	disks *smallDisks
 }
 
-// smallDisk holds two segments of the log, and as much again as most tests write.
-const smallDisk = 192 << 20
+// smallDisk holds two segments of the log, as much again as most tests write, and
+// the smallest --disk-reserve.
+const smallDisk = 320 << 20
 
 func newFullSite(t *testing.T, n int, flags ...string) *fullSite {
 	t.Helper()
@@ -490,7 +491,7 @@ func (s *fullSite) answers(id, status int) time.Duration {
 // again once there is room. A snapshot that finds none is put off.
 func TestProcessDiskFull(t *testing.T) {
 	t.Parallel()
-	s := newFullSite(t, 3, "--disk-reserve", "16MiB", "--snapshot-entries", "40")
+	s := newFullSite(t, 3, "--disk-reserve", "128MiB", "--snapshot-entries", "40")
 	s.start(1, 2, 3)
 	large := strings.Repeat("x", 1<<20)
 	for i := range 8 {
@@ -572,7 +573,7 @@ func TestProcessDiskEmpty(t *testing.T) {
 		t.Skip("fills a segment of the log on three members: make chaos runs it")
 	}
 	t.Parallel()
-	s := newFullSite(t, 3, "--disk-reserve", "1MiB")
+	s := newFullSite(t, 3, "--disk-reserve", "0")
 	s.start(1, 2, 3)
 	victim := s.others(s.leader())[0]
 	rest := s.others(victim)
@@ -600,7 +601,7 @@ func TestProcessDiskEmpty(t *testing.T) {
 // power loss, for which the end of the mount stands here.
 func TestProcessLostSync(t *testing.T) {
 	t.Parallel()
-	s := newFullSite(t, 1, "--disk-reserve", "1MiB")
+	s := newFullSite(t, 1, "--disk-reserve", "0")
 	s.start(1)
 	n := s.nodes[1]
 	n.put("before", "hello")

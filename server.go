@@ -477,7 +477,7 @@ func (s *server) checkDisk() {
 		s.log.Warn("cannot tell the free disk space", zap.Error(err))
 	case !low && free < s.cfg.DiskReserve:
 		s.store.diskLow.Store(true)
-		s.log.Error("disk nearly full: writes are refused with 507, reads go on; free some space or lower --disk-reserve",
+		s.log.Error("disk nearly full: writes are refused with 507, reads go on; free some space",
 			zap.Int64("free_bytes", free), zap.Int64("reserve_bytes", s.cfg.DiskReserve))
 	case low && free > s.cfg.DiskReserve+s.cfg.DiskReserve/16:
 		s.store.diskLow.Store(false)
