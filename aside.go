@@ -128,13 +128,14 @@ func (d *diskStore) endAside() error {
 // members that are known, where load finds damage; nil: nobody knows.
 func (d *diskStore) loadOrStandAside(table func() *membership) (*recovered, error) {
 	r, err := d.load()
-	if !errors.Is(err, errDamaged) {
+	var damage *damageError
+	if !errors.As(err, &damage) {
 		return r, err
 	}
 	if why := d.mayStandAside(table()); why != nil {
 		return nil, fmt.Errorf("%w (it cannot stand aside and heal: %w)", err, why)
 	}
-	d.log.Error("this member stands aside: it begins with an empty log, and votes again once it has caught up", zap.Error(err))
+	d.log.Error("this member stands aside: it begins with an empty log, and votes again once it has caught up", zap.Error(damage.error))
 	if err := d.standAside(); err != nil {
 		return nil, fmt.Errorf("%w: stand aside: %w", errDurability, err)
 	}

@@ -26,6 +26,7 @@ type Config struct {
 
 	Port            int    // client port
 	ListenClient    string // host:port; empty: every interface, Port
+	clientFlag      string // what ListenClient came from, to name it in errors
 	ListenPeer      string // host:port; empty: that of this node's peer URL
 	ListenDebug     string // host:port of net/http/pprof; empty: off
 	AdvertiseClient string // URL shown in /v1/members; empty: none is shown
@@ -247,7 +248,9 @@ func (c *Config) complete() error {
 	case !slices.Contains([]string{"auto", "console", "json"}, c.LogFormat):
 		return fail("--log-format %q is none of auto, console, json", c.LogFormat)
 	}
+	c.clientFlag = "--listen-client"
 	if c.ListenClient == "" {
+		c.clientFlag = "--port"
 		c.ListenClient = ":" + strconv.Itoa(c.Port)
 	}
 	if c.ListenPeer == "" {

@@ -266,7 +266,7 @@ func newTestAPIOver(b backend, f *fakeBackend, l limits) *testAPI {
 // serveTest runs h on a socket until the test ends, and returns its address.
 func serveTest(t testing.TB, h http.Handler) string {
 	t.Helper()
-	l, err := listenClient("127.0.0.1:0", 64)
+	l, err := listenClient("127.0.0.1:0", "--listen-client", 64)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -444,7 +444,7 @@ func TestFastHandOverDuringShutdown(t *testing.T) {
 func TestFastShutdownAnswersWhatItLetIn(t *testing.T) {
 	for i := range 40 {
 		entered := make(chan bool, 1)
-		l, err := listenClient("127.0.0.1:0", 4)
+		l, err := listenClient("127.0.0.1:0", "--listen-client", 4)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -580,7 +580,7 @@ func TestFastAcceptErrors(t *testing.T) {
 // The bound on connections counts those of both paths, and what ends on either
 // gives its place back.
 func TestFastConnectionsAreBounded(t *testing.T) {
-	l, err := listenClient("127.0.0.1:0", 2)
+	l, err := listenClient("127.0.0.1:0", "--listen-client", 2)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -641,7 +641,7 @@ func TestFastInFlight(t *testing.T) {
 // idleBytes is what one idle connection costs the server, after a get of a value
 // and a put of it.
 func idleBytes(t testing.TB, start func(http.Handler, *zap.Logger) httpServer, size, n int) int64 {
-	l, err := listenClient("127.0.0.1:0", n)
+	l, err := listenClient("127.0.0.1:0", "--listen-client", n)
 	if err != nil {
 		t.Fatal(err)
 	}

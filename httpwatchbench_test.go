@@ -84,7 +84,7 @@ func memoryInUse() int64 {
 // dialWatches opens n streams and has read the header of each. A client's side
 // is a socket, so that what is measured is the server's.
 func dialWatches(b *testing.B, h http.Handler, n int, query string) []net.Conn {
-	l, err := listenClient("127.0.0.1:0", n)
+	l, err := listenClient("127.0.0.1:0", "--listen-client", n)
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -233,7 +233,7 @@ func TestWatchAgainstModel(t *testing.T) {
 
 // serveFor is serveTest for less than a test.
 func serveFor(t *testing.T, h http.Handler) (addr string, stop func()) {
-	l, err := listenClient("127.0.0.1:0", 64)
+	l, err := listenClient("127.0.0.1:0", "--listen-client", 64)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -31,21 +31,22 @@ const (
 // once: then nothing is accepted until one closes, and newcomers wait in the
 // kernel's queue, where they cost this process nothing. That holds for health
 // probes too: a member that is full looks down to whoever connects anew. A
-// connection that idles gives its place back after idleTimeout.
-func listenClient(addr string, maxConns int) (net.Listener, error) {
+// connection that idles gives its place back after idleTimeout. Errors name the flag
+// that the address came from.
+func listenClient(addr, flag string, maxConns int) (net.Listener, error) {
 	lc := net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{
 		Enable: true, Idle: 30 * time.Second, Interval: 10 * time.Second, Count: 3,
 	}}
 	l, err := lc.Listen(context.Background(), "tcp", addr)
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE):
-		return nil, fmt.Errorf("client port %s is taken: stop the process that listens there, or choose another with --port", addr)
+		return nil, fmt.Errorf("client port %s is taken: stop the process that listens there, or choose another with %s", addr, flag)
 	case errors.Is(err, syscall.EACCES):
-		return nil, fmt.Errorf("client port %s is not allowed for this user: choose one above 1023 with --port", addr)
+		return nil, fmt.Errorf("client port %s is not allowed for this user: choose one above 1023 with %s", addr, flag)
 	case errors.Is(err, syscall.EADDRNOTAVAIL):
-		return nil, fmt.Errorf("client address %s is none of this machine: correct the host", addr)
+		return nil, fmt.Errorf("client address %s is none of this machine: correct the host in %s", addr, flag)
 	case err != nil:
-		return nil, fmt.Errorf("client port %s: %w", addr, err)
+		return nil, fmt.Errorf("client address %s cannot be used: %w; correct %s", addr, unwrapOp(err), flag)
 	}
 	return newBoundedListener(l, maxConns), nil
 }

@@ -22,18 +22,18 @@ import (
 var helloHandler = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "hello") })
 
 func TestPortTakenSaysWhatToDo(t *testing.T) {
-	l, err := listenClient("127.0.0.1:0", 4)
+	l, err := listenClient("127.0.0.1:0", "--listen-client", 4)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
 	addr := l.Addr().String()
-	if _, err := listenClient(addr, 4); err == nil || strings.Contains(err.Error(), "\n") ||
-		!strings.Contains(err.Error(), addr+" is taken") || !strings.Contains(err.Error(), "--port") {
+	if _, err := listenClient(addr, "--listen-client", 4); err == nil || strings.Contains(err.Error(), "\n") ||
+		!strings.Contains(err.Error(), addr+" is taken") || !strings.Contains(err.Error(), "with --listen-client") {
 		t.Errorf("a taken port: %v", err)
 	}
 	for _, bad := range []string{"127.0.0.1:99999", "nonsense", "192.0.2.1:0"} {
-		if _, err := listenClient(bad, 4); err == nil || !strings.Contains(err.Error(), bad) {
+		if _, err := listenClient(bad, "--listen-client", 4); err == nil || !strings.Contains(err.Error(), bad) || !strings.Contains(err.Error(), "--listen-client") {
 			t.Errorf("%s: %v", bad, err)
 		}
 	}
@@ -78,7 +78,7 @@ func TestListenerSurvivesTooManyOpenFiles(t *testing.T) {
 }
 
 func TestConnectionsAreBounded(t *testing.T) {
-	l, err := listenClient("127.0.0.1:0", 2)
+	l, err := listenClient("127.0.0.1:0", "--listen-client", 2)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -124,7 +124,7 @@ func TestConnectionsAreBounded(t *testing.T) {
 func TestHeaderTimeout(t *testing.T) {
 	for name, start := range map[string]string{"nothing": "", "half a line": "GET /k HT", "no end": "GET /k HTTP/1.1\r\nHost: h\r\n"} {
 		t.Run(name, func(t *testing.T) {
-			l, err := listenClient("127.0.0.1:0", 4)
+			l, err := listenClient("127.0.0.1:0", "--listen-client", 4)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -344,7 +344,7 @@ func TestServerLogLevels(t *testing.T) {
 
 // The half-close of net/http has to reach the socket through our connection.
 func TestCloseWriteReachesTheSocket(t *testing.T) {
-	l, err := listenClient("127.0.0.1:0", 1)
+	l, err := listenClient("127.0.0.1:0", "--listen-client", 1)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -375,7 +375,7 @@ func TestShutdownWaits(t *testing.T) {
 		<-leave
 		io.WriteString(w, "done")
 	}), zap.NewNop())
-	l, err := listenClient("127.0.0.1:0", 4)
+	l, err := listenClient("127.0.0.1:0", "--listen-client", 4)
 	if err != nil {
 		t.Fatal(err)
 	}

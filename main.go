@@ -80,7 +80,7 @@ func exitCode(err error) int {
 	case errors.Is(err, context.Canceled):
 		return 0
 	}
-	fmt.Fprintln(os.Stderr, "pontoon:", strings.ReplaceAll(err.Error(), "\n", "; "))
+	fmt.Fprintln(os.Stderr, "pontoon:", strings.ReplaceAll(strings.TrimPrefix(err.Error(), "usage: "), "\n", "; "))
 	switch {
 	case errors.Is(err, errUsage):
 		return 2

@@ -112,6 +112,16 @@ func (m *membership) index(id uint64) int {
 	return slices.IndexFunc(m.Members, func(x member) bool { return x.ID == id })
 }
 
+// owner is the member at a peer URL, 0: none.
+func (m *membership) owner(url string) uint64 {
+	for _, x := range m.Members {
+		if slices.Contains(x.PeerURLs, url) {
+			return x.ID
+		}
+	}
+	return 0
+}
+
 func (m *membership) isRemoved(id uint64) bool { return slices.Contains(m.Removed, id) }
 
 func (m *membership) voters() []uint64 {

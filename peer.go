@@ -376,25 +376,31 @@ func fetchCluster(ctx context.Context, cfg Config, log *zap.Logger) (*membership
 	}
 }
 
-// askCluster asks each peer of --cluster once. The error is that of the last.
+// askCluster asks each peer of --cluster once. The error is that of the last one that
+// answered, or else that of the last.
 func askCluster(ctx context.Context, cfg Config) (*membership, error) {
-	err := fmt.Errorf("%w: --join needs the URL of a member in --cluster besides this node's own", errUsage)
-	for _, c := range cfg.Cluster {
-		if c.ID == cfg.ID {
+	silent := fmt.Errorf("%w: --join needs the URL of a member in --cluster besides this node's own", errUsage)
+	var said error
+	for _, url := range cfg.otherURLs() {
+		info, err := askPeer(ctx, peerClient(), url)
+		if errors.Is(err, errNoAnswer) {
+			silent = err
 			continue
 		}
-		var info *clusterInfo
-		if info, err = askPeer(ctx, peerClient(), c.URL); err == nil {
-			err = mayJoin(info.Members, cfg, c.URL)
+		if err == nil {
+			err = mayJoin(info.Members, cfg, url)
 		}
 		if err == nil {
 			return info.Members, nil
 		}
-		if errors.Is(err, errRefuse) {
+		if said = err; errors.Is(err, errRefuse) {
 			break
 		}
 	}
-	return nil, err
+	if said == nil {
+		said = silent
+	}
+	return nil, said
 }
 
 func peerClient() *http.Client {
@@ -403,9 +409,13 @@ func peerClient() *http.Client {
 
 func mayJoin(m *membership, cfg Config, peer string) error {
 	self, ok := m.get(cfg.ID)
+	owner := m.owner(cfg.peerURL())
 	switch {
 	case m.isRemoved(cfg.ID):
 		return fmt.Errorf("%w: member %d was removed from the cluster and its id never comes back; choose another, for example %d", errRefuse, cfg.ID, m.nextID())
+	case !ok && owner != 0:
+		return fmt.Errorf("member %d is not in the cluster of %s, and %s is the URL of member %d there: start it with --id %d, or remove member %d (curl -X DELETE http://<a member's client address>/%d) and add this one",
+			cfg.ID, peer, cfg.peerURL(), owner, owner, owner, owner)
 	case !ok:
 		return fmt.Errorf("member %d is not in the cluster of %s yet: tell it with curl -X POST -d %s http://<a member's client address>/%d", cfg.ID, peer, cfg.peerURL(), cfg.ID)
 	case self.Started || !self.Learner:
@@ -414,7 +424,8 @@ func mayJoin(m *membership, cfg Config, peer string) error {
 		return fmt.Errorf("%w: member %d has been running in the cluster of %s, and %s is empty: its data is lost; remove it (curl -X DELETE http://<a member's client address>/%d) and add a new one, for example with id %d",
 			errRefuse, cfg.ID, peer, cfg.DataDir, cfg.ID, m.nextID())
 	case !slices.Contains(self.PeerURLs, cfg.peerURL()):
-		return fmt.Errorf("%w: the cluster knows member %d at %s, --cluster says %s", errRefuse, cfg.ID, strings.Join(self.PeerURLs, ","), cfg.peerURL())
+		return fmt.Errorf("%w: the cluster knows member %d at %s, --cluster says %s; correct --cluster, or move the member (curl -X PUT http://<a member's client address>/v1/members/%d -d '{\"peer_url\":\"%s\"}')",
+			errRefuse, cfg.ID, strings.Join(self.PeerURLs, ","), cfg.peerURL(), cfg.ID, cfg.peerURL())
 	}
 	return nil
 }
@@ -509,14 +520,21 @@ func asMember(req *http.Request, cluster uint64) {
 // peerVersion is what this member says where rafthttp does not speak for it; see compatible.
 const peerVersion = "3.7.0"
 
+// errNoAnswer: a peer may be down, or hang.
+var errNoAnswer = errors.New("no answer")
+
 func fetchInfo(c *http.Client, req *http.Request, url string) (*clusterInfo, error) {
 	resp, err := c.Do(req)
 	if err != nil {
-		return nil, fmt.Errorf("no answer from %s: %w", url, err)
+		return nil, fmt.Errorf("%w from %s: %w", errNoAnswer, url, err)
 	}
 	defer resp.Body.Close()
 	var info clusterInfo
-	if resp.StatusCode != http.StatusOK {
+	switch resp.StatusCode {
+	case http.StatusOK:
+	case http.StatusNotFound: // so does the client port
+		return nil, fmt.Errorf("%s is no Pontoon peer address (it answered %s); --cluster takes the peer URLs of members, not those of clients", url, resp.Status)
+	default:
 		return nil, fmt.Errorf("%s answered %s", url, resp.Status)
 	}
 	if err := json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(&info); err != nil {

@@ -933,6 +933,51 @@ func TestJoinerConfirmsRemoval(t *testing.T) {
 	}
 }
 
+// What a peer that answered says of a joiner is not hidden by one that is down, and
+// says what to do.
+func TestJoinerIsTold(t *testing.T) {
+	var said any
+	status := http.StatusOK
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.WriteHeader(status)
+		if err := json.NewEncoder(w).Encode(said); err != nil {
+			t.Error(err)
+		}
+	}))
+	t.Cleanup(srv.Close)
+	down := "http://127.0.0.1:1"
+	cfg := Config{ID: 4, Cluster: []clusterURL{{1, srv.URL}, {2, down}, {4, testURL(4)}}}
+	founder := member{ID: 1, PeerURLs: []string{testURL(1)}}
+	table := func(ms ...member) clusterInfo {
+		return clusterInfo{Member: 1, Members: &membership{ClusterID: 7, Members: append([]member{founder}, ms...)}}
+	}
+	for _, tt := range []struct {
+		said   any
+		status int
+		cfg    Config
+		want   string
+		ends   error
+	}{
+		{table(), 200, cfg, "curl -X POST -d " + testURL(4), nil},
+		{table(member{ID: 20, PeerURLs: []string{testURL(4)}, Learner: true}), 200, cfg, "start it with --id 20", nil},
+		{table(member{ID: 4, PeerURLs: []string{testURL(5)}, Learner: true}), 200, cfg, `/v1/members/4 -d '{"peer_url":"` + testURL(4) + `"}'`, errRefuse},
+		{"not found", 404, cfg, "--cluster takes the peer URLs", nil},
+		{nil, 200, Config{ID: 4, Cluster: []clusterURL{{2, down}, {4, testURL(4)}}}, "no answer from " + down, errNoAnswer},
+		{nil, 200, Config{ID: 4, Cluster: []clusterURL{{4, testURL(4)}}}, "--join needs", errUsage},
+	} {
+		said, status = tt.said, tt.status
+		_, err := askCluster(t.Context(), tt.cfg)
+		if err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("got %v, want %q", err, tt.want)
+		}
+		for _, end := range []error{errRefuse, errUsage, errNoAnswer} {
+			if errors.Is(err, end) != (tt.ends == end) {
+				t.Errorf("%v: is it %v? %v", err, end, errors.Is(err, end))
+			}
+		}
+	}
+}
+
 // hungPeer is the URL of a process that stands still: its kernel accepts.
 func hungPeer(t *testing.T) string {
 	t.Helper()

@@ -690,7 +690,7 @@ func (b badStart) check(t *testing.T, p *process) {
 		switch {
 		case ok:
 			said++
-			if !strings.Contains(text, b.says) {
+			if !strings.Contains(text, b.says) || strings.HasPrefix(text, "usage:") {
 				t.Errorf("%s: says %q, want %q in it", p.name, text, b.says)
 			}
 		case b.code == 2 || !json.Valid([]byte(line)): // the log is JSON here
@@ -728,7 +728,10 @@ func TestProcessBadStarts(t *testing.T) {
 		env  []string
 		args []string
 	}{
-		{"client port taken", badStart{1, "is taken"}, nil, []string{"--cluster", peer, "--port", strconv.Itoa(used)}},
+		{"client port taken", badStart{1, "with --port"}, nil, []string{"--cluster", peer, "--port", strconv.Itoa(used)}},
+		{"client address taken", badStart{1, "with --listen-client"}, nil, []string{"--cluster", peer, "--listen-client", "127.0.0.1:" + strconv.Itoa(used)}},
+		{"debug address taken", badStart{1, "with --listen-debug"}, nil, []string{"--cluster", peer, "--port", port, "--listen-debug", "127.0.0.1:" + strconv.Itoa(used)}},
+		{"nobody to join", badStart{2, "--join needs"}, nil, []string{"--cluster", peer, "--port", port, "--join"}},
 		{"peer port taken", badStart{1, strings.TrimPrefix(usedURL, "http://")}, nil, []string{"--cluster", usedURL, "--port", port}},
 		{"data directory is a file", badStart{1, "--data-dir"}, nil, []string{"--cluster", peer, "--port", port, "--data-dir", "file"}},
 		{"data directory inside a file", badStart{1, "--data-dir"}, nil, []string{"--cluster", peer, "--port", port, "--data-dir", "file/data"}},

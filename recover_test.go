@@ -149,7 +149,7 @@ func TestRefusedIsNotDamaged(t *testing.T) {
 			t.Errorf("%v: %v", cause, err)
 		}
 	}
-	if err := damaged("the log is damaged: %w", syscall.EIO); !errors.Is(err, errDamaged) {
+	if err := damaged("the log is damaged: %w", syscall.EIO); !errors.Is(err, errDamaged) || !strings.HasSuffix(err.Error(), replaceHint) {
 		t.Error(err)
 	}
 }

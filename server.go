@@ -68,7 +68,7 @@ func newServer(ctx context.Context, cfg Config, log *zap.Logger) (_ *server, err
 	if clients < cfg.MaxConns {
 		log.Warn("fewer client connections than --max-connections: the limit of open files leaves no room for more; raise it (ulimit -n)", zap.Int("connections", clients), zap.Int("asked", cfg.MaxConns))
 	}
-	if s.clientListener, err = listenClient(cfg.ListenClient, clients); err != nil {
+	if s.clientListener, err = listenClient(cfg.ListenClient, cfg.clientFlag, clients); err != nil {
 		return nil, err
 	}
 	if s.peerListener, err = listenPeer(cfg.ListenPeer, peerConns); err != nil {
@@ -76,7 +76,7 @@ func newServer(ctx context.Context, cfg Config, log *zap.Logger) (_ *server, err
 	}
 	if cfg.ListenDebug != "" {
 		if s.debugListener, err = net.Listen("tcp", cfg.ListenDebug); err != nil {
-			return nil, fmt.Errorf("debug address %s cannot be used: %w", cfg.ListenDebug, unwrapOp(err))
+			return nil, fmt.Errorf("debug address %s cannot be used: %w; choose another with --listen-debug, or go without", cfg.ListenDebug, unwrapOp(err))
 		}
 	}
 	if s.disk, err = openDataDir(cfg.DataDir, cfg.ID, cfg.KeepSnapshots, log); err != nil {

@@ -62,7 +62,7 @@ func damaged(format string, args ...any) error {
 			return fmt.Errorf("%w: %w; the data may be as good as ever: mend this and start again", errRefuse, err)
 		}
 	}
-	return &damageError{fmt.Errorf(format+"; %s", append(args, replaceHint)...)}
+	return &damageError{fmt.Errorf(format, args...)}
 }
 
 // notTheDisk: what this process was refused says nothing of what is on the disk.
@@ -70,9 +70,12 @@ func notTheDisk(err error) bool {
 	return errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.ENOMEM)
 }
 
+// damageError holds the damage alone; as an error it says what to do about it.
 type damageError struct{ error }
 
-func (e *damageError) Error() string   { return errRefuse.Error() + ": " + e.error.Error() }
+func (e *damageError) Error() string {
+	return errRefuse.Error() + ": " + e.error.Error() + "; " + replaceHint
+}
 func (e *damageError) Unwrap() []error { return []error{errRefuse, errDamaged, e.error} }
 
 // diskStore keeps one member's files:
