@@ -31,6 +31,7 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+	"go.uber.org/zap/zaptest/observer"
 	"google.golang.org/protobuf/proto"
 
 	"pontoon/kv"
@@ -975,6 +976,21 @@ func TestJoinerIsTold(t *testing.T) {
 				t.Errorf("%v: is it %v? %v", err, end, errors.Is(err, end))
 			}
 		}
+	}
+}
+
+// A member that was moved replays its former addresses without a word, and tells of a
+// move that is new.
+func TestMoveIsToldOnce(t *testing.T) {
+	b := newBenchNode(t)
+	core, logs := observer.New(zapcore.WarnLevel)
+	b.log, b.replayed = zap.New(core), 10
+	move := memberChange{Op: opUpdate, Member: member{ID: b.raftNode.id, PeerURLs: []string{testURL(9)}}}
+	if b.reconnect(10, move); logs.Len() != 0 {
+		t.Errorf("a replay says %v", logs.All())
+	}
+	if b.reconnect(11, move); logs.FilterMessageSnippet("was moved").Len() != 1 {
+		t.Errorf("a move says %v", logs.All())
 	}
 }
 

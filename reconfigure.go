@@ -99,7 +99,7 @@ func (n *raftNode) applyConf(e *raftpb.Entry) confResult {
 			n.raw.ApplyConfChange(&cc)
 			res.members = next
 			n.setMembers(next)
-			n.reconnect(res.change)
+			n.reconnect(e.GetIndex(), res.change)
 			n.log.Log(n.newsLevel(e.GetIndex(), res.change), "membership changed", zap.String("change", string(res.change.Op)),
 				zap.Uint64("changed_member", res.change.Member.ID), zap.Strings("url", res.change.Member.PeerURLs))
 		}
@@ -121,8 +121,8 @@ func (n *raftNode) newsLevel(index uint64, c memberChange) zapcore.Level {
 	return zapcore.InfoLevel
 }
 
-// reconnect follows one membership change with the transport.
-func (n *raftNode) reconnect(c memberChange) {
+// reconnect follows one membership change, the entry at index, with the transport.
+func (n *raftNode) reconnect(index uint64, c memberChange) {
 	id := c.Member.ID
 	switch {
 	case c.Op == opRemove && id == n.id:
@@ -137,7 +137,8 @@ func (n *raftNode) reconnect(c memberChange) {
 			return true
 		})
 	case id == n.id:
-		if c.Op == opUpdate && len(c.Member.PeerURLs) > 0 && !slices.Contains(c.Member.PeerURLs, n.cfg.peerURL()) {
+		// A replay passes over former addresses; that the last is ours was seen at the start (checkCluster).
+		if index > n.replayed && c.Op == opUpdate && len(c.Member.PeerURLs) > 0 && !slices.Contains(c.Member.PeerURLs, n.cfg.peerURL()) {
 			n.log.Warn("this member was moved: restart it with its new URL in --cluster", zap.Strings("url", c.Member.PeerURLs), zap.String("now", n.cfg.peerURL()))
 		}
 	case c.Op == opAdd:
