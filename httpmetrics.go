@@ -110,7 +110,7 @@ func newHTTPMetrics(reg prometheus.Registerer) *httpMetrics {
 	}
 	reg.MustRegister(m.durations, m.requests, m.watchEvents, m.watchesCut, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "pontoon_watchers",
-		Help: "Watches and long polls that are open.",
+		Help: "Watches and long polls that are being answered; if it stays below pontoon_watches, watchers leak.",
 	}, func() float64 { return float64(m.watchers.Load()) }), prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "pontoon_http_requests_in_flight",
 		Help: "Requests that wait on the store; at its limit more are answered 429.",

@@ -36,7 +36,7 @@ func newNodeMetrics(r prometheus.Registerer) *nodeMetrics {
 		readRetries:     counter("read_index_retries_total", "ReadIndex rounds given up on and started anew."),
 		droppedMessages: counter("dropped_messages_total", "Peers' messages dropped because a queue was full."),
 		refusedMessages: counter("refused_messages_total", "Peers' messages that no healthy member sends."),
-		leaderChanges:   counter("leader_changes_total", "Changes of leader seen by this member."),
+		leaderChanges:   counter("leader_changes_total", "Times that this member came to know a leader, a new one or the same one again."),
 		batchCommands: f.NewHistogram(prometheus.HistogramOpts{Name: "pontoon_batch_commands", Help: "Commands packed into one log entry.",
 			Buckets: prometheus.ExponentialBuckets(1, 2, 13)}),
 		readWait: f.NewHistogram(prometheus.HistogramOpts{Name: "pontoon_read_index_wait_seconds", Help: "Time from the first read of a batch until the state may be read.",
@@ -84,5 +84,5 @@ func (s *kvstore) registerGauges(r prometheus.Registerer) {
 	gauge("state_bytes", "Bytes of keys and values.", state((*kv.State).Bytes))
 	gauge("leases", "Leases, those of single keys included.", state(func(st *kv.State) int64 { return int64(st.Leases()) }))
 	gauge("idempotency_results", "Results kept for idempotency keys.", state(func(st *kv.State) int64 { return int64(st.Kept()) }))
-	gauge("watches", "Open watches and long polls.", func() float64 { return float64(s.hub.Len()) })
+	gauge("watches", "Watchers that the hub of changes holds, cut ones included; the limit of open watches counts these.", func() float64 { return float64(s.hub.Len()) })
 }

@@ -994,6 +994,24 @@ func TestMoveIsToldOnce(t *testing.T) {
 	}
 }
 
+// An election is one change of leader: to have none in between is not another.
+func TestLeaderChangesAreCounted(t *testing.T) {
+	b, reg := newBenchNode(t), prometheus.NewRegistry()
+	b.met = newNodeMetrics(reg)
+	for _, lead := range []uint64{2, raft.None, 3, 3, raft.None} {
+		b.observe(raft.Ready{SoftState: &raft.SoftState{Lead: lead, RaftState: raft.StateFollower}})
+	}
+	all, err := reg.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range all {
+		if m.GetName() == "pontoon_leader_changes_total" && m.Metric[0].Counter.GetValue() != 2 {
+			t.Errorf("%v changes of leader, there were 2", m.Metric[0].Counter.GetValue())
+		}
+	}
+}
+
 // hungPeer is the URL of a process that stands still: its kernel accepts.
 func hungPeer(t *testing.T) string {
 	t.Helper()

@@ -518,7 +518,9 @@ func (n *raftNode) observe(rd raft.Ready) {
 	n.dropped = false
 	if n.now.lead != before.lead {
 		n.since = n.ticks
-		n.met.leaderChanges.Inc()
+		if n.now.lead != raft.None {
+			n.met.leaderChanges.Inc()
+		}
 		n.log.Info("leader changed", zap.Uint64("leader", n.now.lead), zap.Uint64("term", n.now.term))
 	}
 	if n.now.lead != raft.None {
