@@ -132,6 +132,9 @@ func (c *apiCall) export() error {
 func (c *apiCall) exportEntries(p *pieces, v *kv.View, items *int64) error {
 	flush := http.NewResponseController(c.w)
 	v.Ascend(c.opt.span, func(e kv.Entry) bool {
+		if e.Expires == 0 {
+			e.Lease = 0 // it has ended since: an import would not find it, or find somebody else's
+		}
 		shown := listEntry(&e, c.opt.keys)
 		p.entry(&shown)
 		p.buf = append(p.buf, '\n')

@@ -53,6 +53,26 @@ func TestExport(t *testing.T) {
 	}
 }
 
+// An export of the past leaves out leases that have ended since, so that it is
+// an import wherever it is sent: without the lease, or attached to a stranger's.
+func TestExportWithoutEndedLeases(t *testing.T) {
+	h, b := newTwinAPI(t, testLimits())
+	b.do(kv.Command{Op: kv.OpPut, Key: "a", Value: []byte("1"), TTL: 2 * time.Second, Wall: 1_900_000_000_000},
+		kv.Command{Op: kv.OpPut, Key: "b", Value: []byte("2"), TTL: time.Hour, Wall: 1_900_000_000_000})
+	b.tick(time.Second)
+	b.tick(10 * time.Second)
+	got := ask(t, h, "GET", "/v1/kv?revision=2", "", acceptNDJSON)
+	const want = `{"key":"a","value":"1","create_revision":1,"mod_revision":1,"version":1}` + "\n" +
+		`{"key":"b","value":"2","create_revision":2,"mod_revision":2,"version":1,"lease":"2","expires":"2026-01-02T04:04:06Z"}` + "\n" +
+		`{"end":true,"items":2,"revision":2}` + "\n"
+	if got.status != 200 || got.body != want {
+		t.Errorf("%d\n%s, want\n%s", got.status, got.body, want)
+	}
+	if a := ask(t, h, "POST", "/v1/kv", got.body); a.status != 200 {
+		t.Errorf("the import: %d %s", a.status, a.body)
+	}
+}
+
 func TestExportRefusals(t *testing.T) {
 	h, b := newTwinAPI(t, testLimits())
 	fill(b, "a")
