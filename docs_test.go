@@ -595,7 +595,7 @@ func TestDocsLimits(t *testing.T) {
 		{"`progress=`", minProgress.String() + " to " + maxProgress.String()},
 		{"open watches and long polls on a member", docCount(maxWatches)},
 		{"exports under way on a member", docCount(maxExports)},
-		{"pages and exports that begin at an older revision, at once on a member", docCount(maxUndoing)},
+		{"reads of an older revision that undo later changes, at once on a member", docCount(maxUndoing)},
 		{"requests that wait on a member", docCount(c.MaxInFlight) + " (`--max-in-flight`)"},
 		{"bodies under way on a member, beyond the first " + docBytes(minBodyBuffer) + " of each; of an import in chunks, lines beyond " + docBytes(lineBuffer), docBytes(int64(maxBodyBytes))},
 		{"imports in chunks under way on a member", docCount(maxImports) + ", and half of the requests that wait"},

@@ -264,6 +264,7 @@ func TestReadsOfThePastAreBounded(t *testing.T) {
 			t.Errorf("%+v: %q, %d places held, %d after it, %v", row, value, held, len(n.store.undoing), err)
 		}
 	}
+	n.mustPut("later", "")
 	left, leave := context.WithCancel(t.Context())
 	leave()
 	for range 20 { // whichever of two ready channels is looked at first
@@ -279,6 +280,18 @@ func TestReadsOfThePastAreBounded(t *testing.T) {
 	if _, _, err := read(short, past, true); !errors.Is(err, errReadTimeout) || short.Err() == nil {
 		t.Errorf("without a place: %v", err)
 	}
+	get := func(ctx context.Context, key string, revision int64) (string, error) {
+		e, _, err := n.store.get(ctx, key, readOptions{stale: true, revision: revision})
+		return string(e.Value), err
+	}
+	for _, key := range []string{"k", "later"} {
+		if _, err := get(short, key, 1); !errors.Is(err, errReadTimeout) {
+			t.Errorf("%s, changed since revision 1, without a place: %v", key, err)
+		}
+	}
+	if value, err := get(left, "k", 2); value != "new" || err != nil {
+		t.Errorf("a key that has not changed since, without a place: %q, %v", value, err)
+	}
 	if value, _, err := read(left, readOptions{stale: true}, false); value != "new" || err != nil {
 		t.Errorf("the present without a place: %q, %v", value, err)
 	}
@@ -287,6 +300,21 @@ func TestReadsOfThePastAreBounded(t *testing.T) {
 	<-n.store.undoing
 	if err := <-waiting; err != nil {
 		t.Errorf("once there is a place: %v", err)
+	}
+	if value, err := get(c.ctx(), "k", 1); value != "old" || err != nil || len(n.store.undoing) != maxUndoing-1 {
+		t.Errorf("one key, once there is a place: %q, %v, %d places held", value, err, len(n.store.undoing))
+	}
+	if _, err := get(c.ctx(), "later", 1); !errors.Is(err, errKeyNotFound) {
+		t.Errorf("a key that came later: %v", err)
+	}
+	for _, command := range []kv.Command{{Op: kv.OpGrant, TTL: time.Hour, Wall: 1}, {Op: kv.OpPut, Key: "l", Lease: 1}, put("l", "")} {
+		if _, err := n.store.propose(c.ctx(), &command); err != nil {
+			t.Fatal(err)
+		}
+	}
+	e, _, err := n.store.get(c.ctx(), "l", readOptions{stale: true, revision: 4})
+	if err != nil || e.Lease != 1 || e.Expires == 0 {
+		t.Errorf("a key that had a lease: %+v, %v", e, err)
 	}
 }
 

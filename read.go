@@ -262,7 +262,7 @@ func (s *kvstore) get(ctx context.Context, key string, o readOptions) (kv.Entry,
 		return kv.Entry{}, 0, err
 	}
 	if o.revision > 0 {
-		return s.getAt(key, o.revision)
+		return s.getAt(ctx, key, o.revision)
 	}
 	s.mu.RLock()
 	e, ok := s.mu.state.Get(key)
@@ -274,18 +274,47 @@ func (s *kvstore) get(ctx context.Context, key string, o readOptions) (kv.Entry,
 	return e, rev, nil
 }
 
-// getAt reads one key as it was.
-func (s *kvstore) getAt(key string, revision int64) (kv.Entry, int64, error) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	v, err := s.view(s.mu.state, revision)
+// getAt reads one key as it was. If it has changed since, what was there before is
+// looked for in the history: without the lock, and in one of the places of mayUndo.
+func (s *kvstore) getAt(ctx context.Context, key string, revision int64) (kv.Entry, int64, error) {
+	e, _, ok, err := s.unchanged(key, revision)
+	if ok || err != nil {
+		return e, revision, err
+	}
+	done, err := s.mayUndo(ctx, revision)
 	if err != nil {
 		return kv.Entry{}, 0, err
 	}
-	if e, ok := v.Get(key); ok {
-		return e, revision, nil
+	defer done()
+	e, h, ok, err := s.unchanged(key, revision) // again: a history that waits holds what the state drops
+	if ok || err != nil {
+		return e, revision, err
 	}
-	return kv.Entry{}, revision, errKeyNotFound
+	if e, ok = h.Before(key, revision); !ok {
+		return kv.Entry{}, revision, errKeyNotFound
+	}
+	if e.Lease != 0 {
+		s.mu.RLock()
+		l, _ := s.mu.state.Lease(e.Lease) // one that has ended has no label
+		s.mu.RUnlock()
+		e.Expires = l.Expires
+	}
+	return e, revision, nil
+}
+
+// unchanged returns the entry under key if it has been there since revision, and
+// else the history of the same moment.
+func (s *kvstore) unchanged(key string, revision int64) (kv.Entry, kv.History, bool, error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if _, err := s.view(s.mu.state, revision); err != nil {
+		return kv.Entry{}, kv.History{}, false, err
+	}
+	e, ok := s.mu.state.Get(key)
+	if !ok || e.ModRevision > revision {
+		return kv.Entry{}, s.mu.state.History(), false, nil
+	}
+	return e, kv.History{}, true, nil
 }
 
 // view names the revisions that a refusal is about.

@@ -343,6 +343,29 @@ func (h History) Back(key string, f func(Event) bool) {
 	}
 }
 
+// Before returns what was under key right before it first changed after revision,
+// without the label of its lease; false: nothing was, or it has not changed. It looks
+// through the events since revision, which is at least Compacted.
+func (h History) Before(key string, revision int64) (Entry, bool) {
+	rec := h.before(key, revision)
+	if rec == "" {
+		return Entry{}, false
+	}
+	return entryOf(rec, headOf(rec)), true
+}
+
+// before is Before with the record, empty for none.
+func (h *History) before(key string, revision int64) (rec string) {
+	h.from(revision+1, func(e *event) bool {
+		found := e.key() == key
+		if found {
+			rec = e.prev
+		}
+		return !found
+	})
+	return rec
+}
+
 // event returns what clients see of e.
 func (e *event) event() Event {
 	out := Event{Revision: e.revision, Deleted: e.next == ""}

@@ -63,26 +63,21 @@ func (v *View) Get(key string) (Entry, bool) {
 		return v.state.entry(rec, h), true
 	}
 	if v.ready {
-		i, found := v.find(key)
-		return v.entry(v.undo, i, found)
-	}
-	var was []undone
-	history := v.state.History()
-	history.from(v.revision+1, func(e *event) bool {
-		if e.key() == key {
-			was = append(was, undone{rec: e.prev})
+		if i, found := v.find(key); found {
+			return v.entry(v.undo[i].rec)
 		}
-		return was == nil
-	})
-	return v.entry(was, 0, was != nil)
-}
-
-// entry returns the entry of undo[i].
-func (v *View) entry(undo []undone, i int, found bool) (Entry, bool) {
-	if !found || undo[i].rec == "" {
 		return Entry{}, false
 	}
-	return v.state.entry(undo[i].rec, headOf(undo[i].rec)), true
+	history := v.state.History()
+	return v.entry(history.before(key, v.revision))
+}
+
+// entry returns the entry of a record; empty: there is none.
+func (v *View) entry(rec string) (Entry, bool) {
+	if rec == "" {
+		return Entry{}, false
+	}
+	return v.state.entry(rec, headOf(rec)), true
 }
 
 // find returns where key is in undo, or belongs.
