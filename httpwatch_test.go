@@ -2,16 +2,22 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"reflect"
+	"runtime"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
+	"unsafe"
 
 	"pontoon/api"
 	"pontoon/internal/watch"
@@ -455,6 +461,132 @@ func TestDispatcherFallsBehind(t *testing.T) {
 		t.Errorf("a watcher after the gap got %+v, %+v", got[:n], status)
 	}
 	w.Close()
+}
+
+// lockHub takes the lock of a hub, as a Publish does for as long as it takes.
+func lockHub(t *testing.T, h *watch.Hub) *sync.Mutex {
+	t.Helper()
+	field := reflect.ValueOf(h).Elem().FieldByName("mu")
+	if !field.IsValid() || field.Type().Field(0).Type != reflect.TypeFor[sync.Mutex]() {
+		t.Fatal("the lock of a Hub is not where it was: look for it anew")
+	}
+	mu := (*sync.Mutex)(unsafe.Pointer(field.UnsafeAddr()))
+	mu.Lock()
+	return mu
+}
+
+// Who subscribes while the hub is busy holds up no write, and gets each change
+// once: those that came between the history and the watcher are published later,
+// also if the apply loop saw no watcher yet, or were passed over and are in a newer history.
+func TestSubscribeWhileTheHubIsBusy(t *testing.T) {
+	for _, passed := range []bool{false, true} {
+		for _, initial := range []bool{false, true} {
+			s := &kvstore{node: &raftNode{}, published: make(chan struct{}, 1)}
+			s.mu.state = kv.NewState()
+			write := func() {
+				s.mu.state.Apply(s.mu.state.Applied()+1, &kv.Batch{Commands: []kv.Command{put("k", "")}}, nil)
+				s.revision.Advance(uint64(s.mu.state.Revision()))
+			}
+			write()
+			next := s.fanOut(1)
+
+			busy := lockHub(t, &s.hub)
+			var w *watch.Watcher
+			var h kv.History
+			var v *kv.View
+			var err error
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				w, h, v, err = s.subscribe(watch.Filter{Keys: []string{"k"}}, initial)
+			}()
+			asks := func() bool {
+				stacks := make([]byte, 1<<20)
+				return bytes.Contains(stacks[:runtime.Stack(stacks, true)], []byte("watch.(*Hub).Add("))
+			}
+			for deadline := time.Now().Add(10 * time.Second); !asks(); runtime.Gosched() {
+				if time.Now().After(deadline) {
+					t.Fatal("nobody asks the hub")
+				}
+			}
+			if !s.mu.TryLock() {
+				busy.Unlock()
+				t.Fatalf("passed %v, initial %v: a write waits for the hub", passed, initial)
+			}
+			write()
+			s.mu.Unlock()
+			if passed {
+				// What Skip does, which would have to wait behind Add for the lock.
+				published := reflect.ValueOf(&s.hub).Elem().FieldByName("published")
+				(*atomic.Int64)(unsafe.Pointer(published.UnsafeAddr())).Store(2)
+			}
+			busy.Unlock()
+			<-done
+			if err != nil {
+				t.Fatal(err)
+			}
+
+			var nudged bool
+			select {
+			case <-s.published:
+				nudged = true
+				s.fanOut(next)
+			default:
+			}
+			began := int64(1)
+			if passed {
+				began = 2
+			}
+			got := make([]watch.Message, 8)
+			n, status := w.Take(got)
+			if h.Revision() != began || initial != (v != nil) || initial && v.Revision() != began ||
+				nudged == passed || int64(n) != 2-began || status.Delivered != 2 || status.Cut {
+				t.Errorf("passed %v, initial %v: begun at revision %d, view %v, nudged %v, then %d messages, %+v", passed, initial, h.Revision(), v, nudged, n, status)
+			}
+			w.Close()
+			if s.hub.Len() != 0 {
+				t.Errorf("passed %v, initial %v: %d watchers are left", passed, initial, s.hub.Len())
+			}
+		}
+	}
+}
+
+// A watcher that begins where the dispatcher has passed over what nobody wanted
+// misses it, and is cut.
+func TestSubscribeBehindTheDispatcher(t *testing.T) {
+	s := &kvstore{}
+	s.mu.state = kv.NewState()
+	write := func(value string) {
+		s.mu.state.Apply(s.mu.state.Applied()+1, &kv.Batch{Commands: []kv.Command{put("k", value)}}, nil)
+	}
+	cut := func(what string) {
+		t.Helper()
+		w, err := s.hub.Add(watch.Filter{Keys: []string{"k"}}, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer w.Close()
+		if !w.IsCut() {
+			t.Errorf("%s: a watcher that knows revision 1 is not cut at %d", what, s.mu.state.Revision())
+		}
+	}
+	write("")
+	write("")
+	next := s.fanOut(1)
+	cut("nobody watched")
+
+	w, err := s.hub.Add(watch.Filter{Keys: []string{"k"}}, 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	for s.mu.state.History().Compacted() < int64(next) {
+		write(strings.Repeat("x", 1<<20))
+	}
+	s.fanOut(next)
+	if !w.IsCut() || s.hub.Published() != s.mu.state.Revision() {
+		t.Errorf("changes are gone: cut %v, published %d, want %d", w.IsCut(), s.hub.Published(), s.mu.state.Revision())
+	}
 }
 
 func TestWatchInitial(t *testing.T) {

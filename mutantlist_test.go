@@ -107,9 +107,21 @@ var mutants = []mutant{
 	},
 	{
 		name: "a watcher is not told that history was compacted", file: "read.go",
-		before: `	case uint64(h.Compacted()) >= next:`,
-		after:  `	case false:`,
+		before: `	if uint64(h.Compacted()) >= next {`,
+		after:  `	if false {`,
 		test:   "TestDispatcherFallsBehind",
+	},
+	{
+		name: "a watch begins where the dispatcher has passed", file: "read.go",
+		before: `if attempt < attempts && w.IsCut() {`,
+		after:  `if false {`,
+		test:   "TestSubscribe",
+	},
+	{
+		name: "changes before the first watcher wait for the next one", file: "read.go",
+		before: `			s.publishChanges() // apply saw no watcher`,
+		after:  `			_ = attempt`,
+		test:   "TestSubscribe",
 	},
 	{
 		name: "a batch of events loses its first", file: "read.go",

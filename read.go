@@ -418,27 +418,47 @@ func (s *kvstore) lease(ctx context.Context, id int64, o readOptions) (leaseInfo
 	return info, nil
 }
 
-// subscribe begins a watch at the local state as it is. Taking state and
-// watcher under one lock leaves no gap: whatever is applied later is
-// published later.
+// subscribe begins a watch at the local state as it is. The hub may be busy for as
+// long as a large revision takes, so it is asked without the lock that the apply loop
+// wants. What is applied meanwhile is published later, or was published already:
+// then the hub cuts the watcher, and the next one begins at a newer state. One that
+// had no luck so often is handed out cut, and its client begins anew.
 func (s *kvstore) subscribe(f watch.Filter, initial bool) (*watch.Watcher, kv.History, *kv.View, error) {
+	const attempts = 10
 	if err := s.fitNow(); err != nil {
 		return nil, kv.History{}, nil, err
 	}
-	if initial {
-		s.mu.Lock() // for Clone, which counts as a write
+	for attempt := 1; ; attempt++ {
+		h, st := s.present(initial)
+		w, err := s.hub.Add(f, h.Revision())
+		if err != nil {
+			return nil, h, nil, err
+		}
+		if attempt < attempts && w.IsCut() {
+			w.Close()
+			continue
+		}
+		if s.revision.At() > uint64(h.Revision()) {
+			s.publishChanges() // apply saw no watcher
+		}
+		if !initial {
+			return w, h, nil, nil
+		}
+		v, err := s.view(st, 0)
+		return w, h, v, err
+	}
+}
+
+// present returns the history and, if it is wanted, a clone of the state of that moment.
+func (s *kvstore) present(clone bool) (kv.History, *kv.State) {
+	if clone {
+		s.mu.Lock() // Clone counts as a write
 		defer s.mu.Unlock()
-	} else {
-		s.mu.RLock()
-		defer s.mu.RUnlock()
+		return s.mu.state.History(), s.mu.state.Clone()
 	}
-	h := s.mu.state.History()
-	w, err := s.hub.Add(f, h.Revision())
-	if err != nil || !initial {
-		return w, h, nil, err
-	}
-	v, err := s.view(s.mu.state.Clone(), 0)
-	return w, h, v, err
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.mu.state.History(), nil
 }
 
 // dispatch hands every change to the watchers, in order, from the history that
@@ -471,13 +491,14 @@ func (s *kvstore) fanOut(next uint64) uint64 {
 	h := s.mu.state.History()
 	s.mu.RUnlock()
 	after := uint64(h.Revision()) + 1
-	next = max(next, uint64(s.hub.Published())+1) // nobody wants what came before the watchers that are here
-	// Whoever subscribes from here on has a later revision than h.
-	switch {
-	case s.hub.Len() == 0:
+	if s.hub.Skip(h.Revision()) {
 		return after
-	case uint64(h.Compacted()) >= next:
-		s.hub.Lost()
+	}
+	next = max(next, uint64(s.hub.Published())+1) // nobody wants what came before the watchers that are here
+	if uint64(h.Compacted()) >= next {
+		for !s.hub.Skip(h.Revision()) { // who came since may have read an older state
+			s.hub.Lost()
+		}
 		return after
 	}
 	var events []kv.Event

@@ -37,6 +37,15 @@ func (n *naive) add(f Filter, after int64) {
 	n.watchers = append(n.watchers, w)
 }
 
+// skip says whether nobody was there.
+func (n *naive) skip(revision int64) bool {
+	if slices.ContainsFunc(n.watchers, func(w *naiveWatcher) bool { return !w.cut }) {
+		return false
+	}
+	n.published = max(n.published, revision)
+	return true
+}
+
 func (n *naive) publish(revision int64, events []kv.Event) {
 	if revision <= n.published {
 		return
@@ -150,6 +159,12 @@ func TestHubAgainstNaive(t *testing.T) {
 				f, ahead := genFilter(t), rapid.Int64Range(0, 2).Draw(t, "ahead")
 				n.add(f, revision+ahead)
 				watchers = append(watchers, add(t, h, f, revision+ahead))
+			},
+			"skip": func(t *rapid.T) {
+				revision++
+				if got, want := h.Skip(revision), n.skip(revision); got != want {
+					t.Fatalf("skipped %d: %v, want %v", revision, got, want)
+				}
 			},
 			"take": func(t *rapid.T) { check(t, pick(t), rapid.IntRange(1, 3).Draw(t, "count")) },
 			"close": func(t *rapid.T) {

@@ -89,8 +89,8 @@ type Message struct {
 }
 
 // Hub knows the watchers. The zero Hub is ready, without a limit of watchers.
-// All methods may be called from any goroutine, but Publish and Lost only from
-// one at a time.
+// All methods may be called from any goroutine, but Publish, Skip and Lost only
+// from one at a time.
 type Hub struct {
 	limits struct {
 		watchers, messages int
@@ -184,6 +184,21 @@ func (h *Hub) Publish(revision int64, events []kv.Event) {
 	for _, w := range cut {
 		w.tellOwner()
 	}
+}
+
+// Skip tells that no revision up to revision needs a Publish, if nobody is there to
+// want one: a watcher that comes with an older one is then cut. False: somebody is.
+func (h *Hub) Skip(revision int64) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	switch {
+	case h.mu.closed: // what its watchers still have to take is not to look complete
+		return true
+	case len(h.mu.all.seats) > 0:
+		return false
+	}
+	h.published.Store(max(h.published.Load(), revision))
+	return true
 }
 
 // Lost tells that revisions were not published: every watcher is cut after the

@@ -83,6 +83,13 @@ func trim(queue []Message) []Message {
 	return queue[:0]
 }
 
+// IsCut says that the watcher is cut, whatever its queue still holds.
+func (w *Watcher) IsCut() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.mu.cut
+}
+
 // OnEnd has f called once the watcher is cut or the hub closes, at once if
 // that is so already. It is called by the publisher and must not block. It may
 // still be called while the owner is in Close, and right after.
