@@ -9,7 +9,7 @@
 //	propose.go   the loop's side of a write: batches, and what happens when leadership moves
 //	read.go      a linearizable read, views of older revisions, and where watches begin
 //	clock.go     the time that leases run by
-//	aside.go     what a member does whose disk has lost something
+//	aside.go     what a member does whose disk has lost something; founder.go: one whose directory is gone
 //	divergence.go how a member whose state differs from that of the others is found out
 //	snapshot.go  how a snapshot is written, recorded, sent and installed
 //	member.go    the rules of membership, as plain functions of a table; reconfigure.go carries them out

@@ -2,7 +2,10 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"slices"
 	"testing"
@@ -92,5 +95,22 @@ func TestWhoIsNewVotes(t *testing.T) {
 	b.founder, b.removed, b.stable = founder{}, nil, 2
 	if b.withholds(ask(5)) {
 		t.Error("a member that has entries asks")
+	}
+}
+
+// One peer that hangs does not hide what another one knows.
+func TestFounderAsksAll(t *testing.T) {
+	cfg := Config{ID: 3, ClusterToken: "x"}
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		m := bootstrapMembership(cfg.ClusterToken, cfg.Cluster)
+		m.Members[2].Started = true
+		if err := json.NewEncoder(w).Encode(clusterInfo{Member: 2, Members: m}); err != nil {
+			t.Error(err)
+		}
+	}))
+	t.Cleanup(srv.Close)
+	cfg.Cluster = []clusterURL{{1, hungPeer(t)}, {2, srv.URL}, {3, testURL(3)}}
+	if err := mayFound(t.Context(), cfg); !errors.Is(err, errRefuse) {
+		t.Errorf("member 2 knows that this one has been running: %v", err)
 	}
 }

@@ -415,6 +415,12 @@ var mutants = []mutant{
 		test:   "TestTicksOfOneLeader",
 	},
 	{
+		name: "a founder without its data votes", file: "raft.go",
+		before: ` || n.withholds(m) {`,
+		after:  ` {`,
+		test:   "TestFounderWithoutItsData",
+	},
+	{
 		name: "any stranger moves leadership", file: "aside.go",
 		before: "if !n.admit(w, r) {",
 		after:  "if false {",

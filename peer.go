@@ -432,26 +432,21 @@ func mayJoin(m *membership, cfg Config, peer string) error {
 
 // mayFound asks the peers whether this member has been running before. A founder
 // whose directory was lost would found itself anew without a word, and vote
-// again. Peers that do not answer say nothing: clusters start cold.
+// again. Peers that do not answer say nothing: clusters start cold. founder.go has
+// the rest.
 func mayFound(ctx context.Context, cfg Config) error {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
-	defer cancel()
 	want := bootstrapMembership(cfg.ClusterToken, cfg.Cluster).ClusterID
-	for _, c := range cfg.Cluster {
-		if c.ID == cfg.ID {
+	for a := range askAll(ctx, cfg.otherURLs()) {
+		if a.err != nil {
 			continue
 		}
-		info, err := askPeer(ctx, peerClient(), c.URL)
-		if err != nil {
-			continue
-		}
-		m := info.Members
+		m := a.info.Members
 		if m.ClusterID != want {
 			return fmt.Errorf("%w: %s already serves cluster %016x, and --cluster would found another; to join that one, POST /%d to it and start with --join; else correct --cluster",
-				errRefuse, c.URL, m.ClusterID, cfg.ID)
+				errRefuse, a.url, m.ClusterID, cfg.ID)
 		}
 		if self, ok := m.get(cfg.ID); m.isRemoved(cfg.ID) || ok && self.Started {
-			return mayJoin(m, cfg, c.URL)
+			return mayJoin(m, cfg, a.url)
 		}
 	}
 	return nil
