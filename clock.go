@@ -35,8 +35,9 @@ import (
 // when the leader had the write, and so from when it was sent. It gives a follower some
 // time to apply the grant and to answer (seenAfter), and as that is all it gives, an
 // answer that comes later than that, through a follower or a network that stood still,
-// may find the TTL partly or wholly over. Every member measures, so a new
-// leader goes on where the old one was, and the time of an election is not lost.
+// may find the TTL partly or wholly over. Every member measures from when it applied
+// the last tick, so a new leader goes on where the old one was, and as a rule the time
+// of an election is not lost: only what its own last tick was late by, or a restart.
 
 // clock is what the loop must know to tick. The apply loop publishes it.
 type clock struct {

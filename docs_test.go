@@ -591,7 +591,7 @@ func TestDocsLimits(t *testing.T) {
 		{"results kept for them", docCount(docConstant(t, "kv/once.go", "maxKept")) + ", " + docBytes(docConstant(t, "kv/once.go", "maxKeptBytes"))},
 		{"how long, the fuller the shorter", docWindows(t)},
 		{"keys and prefixes of one watch", docCount(maxWatchTerms)},
-		{"queue of one watch", docCount(watch.DefaultMaxMessages) + " messages, " + docBytes(watch.DefaultMaxBytes)},
+		{"queue of one watch; a single message may be larger", docCount(watch.DefaultMaxMessages) + " messages, " + docBytes(watch.DefaultMaxBytes)},
 		{"`progress=`", minProgress.String() + " to " + maxProgress.String()},
 		{"open watches and long polls on a member", docCount(maxWatches)},
 		{"exports under way on a member", docCount(maxExports)},

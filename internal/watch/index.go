@@ -15,7 +15,9 @@ import (
 // range for each term that matches (a look-up an event in the map of keys, one
 // for each length of prefix that is in use, two binary searches a span), and only
 // then looks at watchers. A revision of m events under a prefix that n watch
-// costs m+n, not m·n.
+// costs m+n, not m·n, as they share one message. Watchers that do not share it cost
+// up to m each: those with several terms that match, and those that want only puts
+// or only deletes of a revision that has both.
 //
 // Rejected: a tree of all prefixes, which would not hash a long key once for
 // each length. Lengths are few in practice, and a map is one line.
