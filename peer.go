@@ -101,6 +101,17 @@ func (n *raftNode) validateEnvelope(m *raftpb.Message) error {
 	return nil
 }
 
+// messageBytes is what a message costs in recvC: all that came on the wire, fields
+// that nobody knows included, and Go's objects around it.
+func messageBytes(m *raftpb.Message) int64 {
+	return int64(messageObject + len(m.GetEntries())*entryObject + proto.Size(m))
+}
+
+const (
+	messageObject = 384 // bytes of a Message and of the numbers that it points to
+	entryObject   = 160 // the same of an Entry, with its place in Entries
+)
+
 // fitsContext: raft gives a context to heartbeats, which it reads as a number, and to
 // votes. Reads carry theirs as an entry.
 func fitsContext(m *raftpb.Message) bool {

@@ -289,3 +289,12 @@ func (f *inflight) open() []*batch {
 	slices.SortFunc(out, func(a, b *batch) int { return compare(a.seq, b.seq) })
 	return out
 }
+
+// campaignAlone has the only voter lead at once: nobody else could, so there is no
+// election time-out to sit out. raft refuses, without a word, while a committed
+// change of members waits to be applied.
+func (n *raftNode) campaignAlone() {
+	if m := n.members.Load().voters(); len(m) == 1 && m[0] == n.id && n.raw.BasicStatus().RaftState == raft.StateFollower {
+		n.warn("campaign", n.raw.Campaign())
+	}
+}

@@ -15,7 +15,6 @@ import (
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
-	"google.golang.org/protobuf/proto"
 
 	"pontoon/internal/wait"
 	"pontoon/kv"
@@ -271,15 +270,6 @@ func (n *raftNode) serveChannels() (err error) {
 func (n *raftNode) begin() {
 	n.connectPeers()
 	n.campaignAlone()
-}
-
-// campaignAlone has the only voter lead at once: nobody else could, so there is no
-// election time-out to sit out. raft refuses, without a word, while a committed
-// change of members waits to be applied.
-func (n *raftNode) campaignAlone() {
-	if m := n.members.Load().voters(); len(m) == 1 && m[0] == n.id && n.raw.BasicStatus().RaftState == raft.StateFollower {
-		n.warn("campaign", n.raw.Campaign())
-	}
 }
 
 // turn is one round of the loop, after whatever woke it.
@@ -755,17 +745,6 @@ func (n *raftNode) taken(m *raftpb.Message) *raftpb.Message {
 	n.received.Add(-messageBytes(m))
 	return m
 }
-
-// messageBytes is what a message costs in recvC: all that came on the wire, fields
-// that nobody knows included, and Go's objects around it.
-func messageBytes(m *raftpb.Message) int64 {
-	return int64(messageObject + len(m.GetEntries())*entryObject + proto.Size(m))
-}
-
-const (
-	messageObject = 384 // bytes of a Message and of the numbers that it points to
-	entryObject   = 160 // the same of an Entry, with its place in Entries
-)
 
 // IsIDRemoved is asked by the transport before it answers a peer (rafthttp.Raft).
 func (n *raftNode) IsIDRemoved(id uint64) bool { return n.members.Load().isRemoved(id) }
