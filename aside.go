@@ -450,7 +450,7 @@ func (s *server) askToYield(ctx context.Context) {
 			}
 			for _, p := range info.Members.Members {
 				if p.ID != s.cfg.ID {
-					s.tr.AddPeer(types.ID(p.ID), p.PeerURLs) // does nothing for a known peer
+					s.lanes.AddPeer(types.ID(p.ID), p.PeerURLs) // does nothing for a known peer
 				}
 			}
 			peers = info.Members

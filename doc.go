@@ -14,7 +14,7 @@
 //	snapshot.go  how a snapshot is written, recorded, sent and installed
 //	member.go    the rules of membership, as plain functions of a table; reconfigure.go carries them out
 //	peer.go      the peer port: what is refused, how a joiner learns the cluster; peerreceive.go: what peers
-//	             POST, peerstream.go: what they answer
+//	             POST, peerstream.go: what they answer; peerlane.go: the short way of messages between members
 //	httpapi.go   routes and cluster calls; httpkv.go, httptxn.go, httplease.go, httplist.go, httpwatch.go: the data calls;
 //	             other http*.go: options, bodies, errors → status, metrics; internal/watch: fan-out; listener.go: what a slow client may cost
 //	server.go    the parts of a member, how they start and stop

@@ -4,17 +4,33 @@ package main
 var mutants = []mutant{
 	{
 		name: "a follower acknowledges an append before its sync", file: "raft.go",
-		before: `	if err := n.persist(rd); err != nil {
-		return err
-	}
-	n.send(late)
-`,
-		after: `	n.send(late)
-	if err := n.persist(rd); err != nil {
-		return err
-	}
-`,
-		test: "TestSim$",
+		before: `	n.send(append(n.acks, early...))`,
+		after:  `	n.send(slices.Concat(n.acks, early, late))`,
+		test:   "TestSim$",
+	},
+	{
+		name: "what comes on a lane is not looked at", file: "peerlane.go",
+		before: `			err = n.validateMessage(m)`,
+		after:  `			_ = n.validateMessage(m)`,
+		test:   "TestHostileLane",
+	},
+	{
+		name: "a lane speaks for strangers", file: "peerlane.go",
+		before: `m.GetFrom() != ln.peer && !n.isMember(m.GetFrom())`,
+		after:  `m.GetFrom() == 0`,
+		test:   "TestHostileLane",
+	},
+	{
+		name: "what waits for a peer that does not read has no bound", file: "peerlane.go",
+		before: `	if len(c.mu.behind) > maxLaneBehind {`,
+		after:  `	if len(c.mu.behind) > 1<<40 {`,
+		test:   "TestPeerThatDoesNotRead",
+	},
+	{
+		name: "the loop writes among what the lane's writer writes", file: "peerlane.go",
+		before: `	if !c.mu.writing && len(b) <= inline {`,
+		after:  `	if len(b) <= inline {`,
+		test:   "TestLanesCarry",
 	},
 	{
 		name: "an error of the log is swallowed", file: "storage.go",

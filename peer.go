@@ -37,6 +37,54 @@ func (e badMessage) WriteTo(w http.ResponseWriter) {
 	http.Error(w, e.Error(), http.StatusBadRequest)
 }
 
+// Process takes a message from a peer (rafthttp.Raft). It is called on the
+// transport's goroutines.
+func (n *raftNode) Process(ctx context.Context, m *raftpb.Message) error {
+	if err := n.validateMessage(m); err != nil {
+		n.met.refusedMessages.Inc()
+		return badMessage{err}
+	}
+	n.queueMessage(m, messageBytes(m))
+	return nil
+}
+
+// received is a message on its way to the loop, and what it costs there.
+type received struct {
+	*raftpb.Message
+	bytes int64
+}
+
+func (n *raftNode) queueMessage(m *raftpb.Message, bytes int64) {
+	if n.received.Add(bytes) <= maxReceived {
+		select {
+		case n.recvC <- received{m, bytes}:
+			return
+		default:
+		}
+	}
+	n.received.Add(-bytes)
+	n.met.droppedMessages.Inc()
+}
+
+// taken is a message that has left recvC.
+func (n *raftNode) taken(r received) *raftpb.Message {
+	n.received.Add(-r.bytes)
+	return r.Message
+}
+
+// IsIDRemoved is asked by the transport before it answers a peer (rafthttp.Raft).
+func (n *raftNode) IsIDRemoved(id uint64) bool { return n.members.Load().isRemoved(id) }
+
+// ReportUnreachable and ReportSnapshot come from the transport, at times on
+// the loop's own goroutine in the middle of a send: they must not wait for it.
+func (n *raftNode) ReportUnreachable(id uint64) {
+	n.mail.post(func() { n.raw.ReportUnreachable(id) })
+}
+
+func (n *raftNode) ReportSnapshot(id uint64, status raft.SnapshotStatus) {
+	n.mail.post(func() { n.raw.ReportSnapshot(id, status) })
+}
+
 var fromPeers = map[raftpb.MessageType]bool{
 	raftpb.MsgProp: true, raftpb.MsgApp: true, raftpb.MsgAppResp: true, raftpb.MsgVote: true, raftpb.MsgVoteResp: true,
 	raftpb.MsgSnap: true, raftpb.MsgHeartbeat: true, raftpb.MsgHeartbeatResp: true, raftpb.MsgTransferLeader: true,

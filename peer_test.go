@@ -106,6 +106,7 @@ func (b *benchNode) settle(t testing.TB) {
 		b.propose()
 		b.issueReads()
 		if !b.raw.HasReady() {
+			b.sendAcks()
 			return
 		}
 		if err := b.ready(); err != nil {

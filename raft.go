@@ -61,7 +61,7 @@ type raftNode struct {
 
 	proposeC    chan *proposal       // full: proposers wait until their deadline
 	confChangeC chan *confProposal   // unbuffered: membership changes wait their turn
-	recvC       chan *raftpb.Message // full: the message is dropped and counted
+	recvC       chan received        // full: the message is dropped and counted
 	commitC     chan *commit         // full: the loop waits, back-pressure
 	snapDoneC   chan snapDone        // unbuffered: the snapshot writer waits
 	snapReqC    chan struct{}        // capacity 1: a snapshot is wanted; more requests add nothing
@@ -100,6 +100,7 @@ type raftNode struct {
 	proposedAt    uint64            // tick at which what waited was last proposed
 	unsaved       bool              // an append or a snapshot was stepped and is not on disk yet
 	later         []*raftpb.Message // heartbeats that wait for that
+	acks          []*raftpb.Message // may be sent, and leave with what the next turn has to send
 	readSent      uint64            // highest read context sent in this term
 	queue         []*proposal       // collected, not yet proposed
 	tickSent      time.Time         // of the last kv.Tick
@@ -150,7 +151,7 @@ func newRaftNode(cfg Config, boot uint64, r *recovered, store logStore, snaps sn
 		spawn:       func(f func()) { go f() },
 		proposeC:    make(chan *proposal, proposeQueue),
 		confChangeC: make(chan *confProposal),
-		recvC:       make(chan *raftpb.Message, recvQueue),
+		recvC:       make(chan received, recvQueue),
 		commitC:     make(chan *commit, commitQueue),
 		snapDoneC:   make(chan snapDone),
 		snapReqC:    make(chan struct{}, 1),
@@ -279,6 +280,7 @@ func (n *raftNode) turn() error {
 	n.proposeConf()
 	n.issueReads()
 	if !n.raw.HasReady() {
+		n.sendAcks()
 		return nil
 	}
 	err := n.ready()
@@ -288,9 +290,15 @@ func (n *raftNode) turn() error {
 	return err
 }
 
+// sendAcks sends what the last ready has left to go with the next messages.
+func (n *raftNode) sendAcks() {
+	n.send(n.acks)
+	n.acks = nil
+}
+
 // busy says that there is work which no channel will announce.
 func (n *raftNode) busy() bool {
-	return n.raw.HasReady() ||
+	return n.raw.HasReady() || len(n.acks) > 0 ||
 		n.mayPropose() && (len(n.held) > 0 || len(n.queue) > 0 && n.mayHaveInFlight()) ||
 		n.mayRead() && n.reads.pending(n.ticks)
 }
@@ -466,7 +474,7 @@ func (n *raftNode) ready() error {
 	// Appends and heartbeats may leave while the disk works (thesis 10.2.1).
 	// Votes and acknowledgements of appends promise that the disk is done.
 	early, late := n.sort(rd.Messages)
-	n.send(early)
+	n.send(append(n.acks, early...))
 
 	// What is on this disk already need not wait for the sync below.
 	onDisk, fresh := n.splitCommitted(rd)
@@ -474,7 +482,7 @@ func (n *raftNode) ready() error {
 	if err := n.persist(rd); err != nil {
 		return err
 	}
-	n.send(late)
+	n.acks = late
 	n.publish(fresh)
 	n.raw.Advance(rd)
 	n.finishReads(rd.ReadStates)
@@ -718,45 +726,6 @@ func (n *raftNode) collectForRefusal() {
 	for range len(n.proposeC) {
 		n.queue = append(n.queue, <-n.proposeC)
 	}
-}
-
-// Process takes a message from a peer (rafthttp.Raft). It is called on the
-// transport's goroutines.
-func (n *raftNode) Process(ctx context.Context, m *raftpb.Message) error {
-	if err := n.validateMessage(m); err != nil {
-		n.met.refusedMessages.Inc()
-		return badMessage{err}
-	}
-	size := messageBytes(m)
-	if n.received.Add(size) <= maxReceived {
-		select {
-		case n.recvC <- m:
-			return nil
-		default:
-		}
-	}
-	n.received.Add(-size)
-	n.met.droppedMessages.Inc()
-	return nil
-}
-
-// taken is a message that has left recvC.
-func (n *raftNode) taken(m *raftpb.Message) *raftpb.Message {
-	n.received.Add(-messageBytes(m))
-	return m
-}
-
-// IsIDRemoved is asked by the transport before it answers a peer (rafthttp.Raft).
-func (n *raftNode) IsIDRemoved(id uint64) bool { return n.members.Load().isRemoved(id) }
-
-// ReportUnreachable and ReportSnapshot come from the transport, at times on
-// the loop's own goroutine in the middle of a send: they must not wait for it.
-func (n *raftNode) ReportUnreachable(id uint64) {
-	n.mail.post(func() { n.raw.ReportUnreachable(id) })
-}
-
-func (n *raftNode) ReportSnapshot(id uint64, status raft.SnapshotStatus) {
-	n.mail.post(func() { n.raw.ReportSnapshot(id, status) })
 }
 
 // do runs f on the loop and waits for it, or for ctx or the loop to end.

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promauto"
 	"go.etcd.io/etcd/client/pkg/v3/types"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/rafthttp"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/snap"
@@ -30,6 +31,7 @@ type server struct {
 	node  *raftNode
 	store *kvstore
 	tr    *rafthttp.Transport
+	lanes *lanes
 
 	stopTransport func() // nil: not started
 
@@ -102,12 +104,14 @@ func newServer(ctx context.Context, cfg Config, log *zap.Logger) (_ *server, err
 	if err := s.startTransport(r.meta.ClusterID, peers); err != nil {
 		return nil, err
 	}
+	promauto.With(reg).NewGaugeFunc(prometheus.GaugeOpts{Name: "pontoon_peer_lanes", Help: "Peers to whom messages take the short way; without one they take rafthttp's."},
+		func() float64 { return float64(s.lanes.standing()) })
 	l := limits{MaxKeyBytes: cfg.MaxKeyBytes, MaxValueBytes: cfg.MaxValueBytes, MaxInFlight: cfg.MaxInFlight,
 		DefaultTimeout: cfg.DefaultTimeout, MaxTimeout: cfg.MaxTimeout, MaxConns: clients, MaxBodyBytes: maxBodyBytes,
 		MaxAnswerBytes: maxAnswerBytes, MaxExports: maxExports, MaxTxnBytes: maxTxnBytes}
 	api := newHTTPAPI(s.store, l, newHTTPMetrics(reg), prometheus.Gatherers{prometheus.DefaultGatherer, reg}, log)
 	s.client = newClientServer(api, log)
-	s.peer = &http.Server{Handler: s.node.peerHandler(s.tr.Handler()), ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute,
+	s.peer = &http.Server{Handler: s.node.peerHandler(s.lanes.handler(s.tr.Handler())), ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute,
 		MaxHeaderBytes: 64 << 10, ErrorLog: newServerLog(log)}
 	return s, nil
 }
@@ -236,11 +240,12 @@ func (s *server) startTransport(clusterID uint64, peers *membership) error {
 	if err != nil {
 		return err
 	}
-	s.stopTransport = func() { s.tr.Stop(); closeIdle() }
-	s.node.tr = s.tr
+	s.lanes = newLanes(s.node, s.tr)
+	s.stopTransport = func() { s.lanes.Stop(); closeIdle() }
+	s.node.tr = s.lanes
 	for _, m := range peers.Members {
 		if m.ID != s.cfg.ID {
-			s.tr.AddPeer(types.ID(m.ID), m.PeerURLs)
+			s.lanes.AddPeer(types.ID(m.ID), m.PeerURLs)
 		}
 	}
 	return nil
