@@ -184,7 +184,11 @@ func (r *readmeRun) line(line string) {
 		r.env = append(r.env, r.replacePorts(line))
 	case words[0] == "curl":
 		command, want, _ := strings.Cut(line, "# → ")
-		if got := r.shell("", command); !readmeMatches(got, want) {
+		shell := r.shell
+		if words[1] == "-N" {
+			shell = r.stream
+		}
+		if got := shell("", command); !readmeMatches(got, want) {
 			r.t.Errorf("%s\nanswers %q", r.where, got)
 		}
 	default:
@@ -195,15 +199,38 @@ func (r *readmeRun) line(line string) {
 // shell runs a command line of the page with more options for its curl.
 func (r *readmeRun) shell(options, command string) string {
 	r.t.Helper()
-	script := fmt.Sprintf("curl() { command curl -sS --max-time 20 %s \"$@\"; }\n%s\n", options, r.replacePorts(command))
-	cmd := exec.Command("/bin/sh", "-c", script)
-	cmd.Dir = r.dir
-	cmd.Env = append(os.Environ(), r.env...)
-	out, err := cmd.CombinedOutput()
+	out, err := r.script(options, command).CombinedOutput()
 	if err != nil {
 		r.t.Errorf("%s\n%v: %s", r.where, err, out)
 	}
 	return strings.TrimSpace(string(out))
+}
+
+// stream is shell for a watch, whose curl learns only from the next event that
+// nobody reads on: it is left once the first line is here.
+func (r *readmeRun) stream(options, command string) string {
+	r.t.Helper()
+	cmd := r.script(options, command)
+	var out output
+	cmd.Stdout, cmd.Stderr = &out, &out
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := cmd.Start(); err != nil {
+		r.t.Fatal(err)
+	}
+	defer func() {
+		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+		_ = cmd.Wait() // the signal
+	}()
+	waitFor(r.t, "the first line of: "+r.where, func() bool { return strings.Contains(out.String(), "\n") })
+	return strings.TrimSpace(out.String())
+}
+
+func (r *readmeRun) script(options, command string) *exec.Cmd {
+	script := fmt.Sprintf("curl() { command curl -sS --max-time 20 %s \"$@\"; }\n%s\n", options, r.replacePorts(command))
+	cmd := exec.Command("/bin/sh", "-c", script)
+	cmd.Dir = r.dir
+	cmd.Env = append(os.Environ(), r.env...)
+	return cmd
 }
 
 // readmeMatches compares an output with what the page shows, where … stands
