@@ -198,8 +198,7 @@ func TestProcessReadFails(t *testing.T) {
 }
 
 // A disk that hangs. Nothing fails, so nobody learns of it but by the silence.
-func TestProcessDiskStalls(t *testing.T) {
-	t.Parallel()
+func TestProcessDiskStalls(t *testing.T) { // not parallel: it compares rates
 	const stall = "inject=fdatasync:delay_enter=3600000000"
 	s := newSite(t, 3, 0)
 	s.start(1, 2, 3)

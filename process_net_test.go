@@ -464,6 +464,7 @@ func (x *chaos) triangle() {
 // clients record what they are told. With -chaos.duration the faults are drawn
 // at random, for as long as that.
 func TestProcessChaos(t *testing.T) {
+	t.Parallel()
 	s := newNetSite(t, 5)
 	s.start(s.ids()...)
 	var urls []string

@@ -11,6 +11,7 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"go/ast"
 	"go/parser"
@@ -22,6 +23,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -41,6 +43,9 @@ var built struct {
 }
 
 func TestMain(m *testing.M) {
+	flag.Parse()
+	shareCores()
+	shortSegments()
 	code := m.Run()
 	if built.dir != "" {
 		if err := os.RemoveAll(built.dir); err != nil {
@@ -49,6 +54,22 @@ func TestMain(m *testing.M) {
 	}
 	os.Exit(code)
 }
+
+// shareCores lets twice as many tests run in parallel as there are cores, unless
+// -parallel says otherwise: those that do wait for processes and their timers most
+// of the time. What measures how fast something is, or keeps a core busy, is not
+// parallel.
+func shareCores() {
+	set := false
+	flag.Visit(func(f *flag.Flag) { set = set || f.Name == "test.parallel" })
+	if !set {
+		_ = flag.Set("test.parallel", strconv.Itoa(2*runtime.GOMAXPROCS(0))) // a number, as it wants
+	}
+}
+
+// shortSegments is for members within the tests. A start reads a segment to its end,
+// and 64 MiB of nothing are more work than most tests. Processes have the real size.
+func shortSegments() { segmentBytes = 4 << 20 }
 
 // program builds pontoon, without the race detector even where the tests have
 // it: the binary is the one that users run.
@@ -984,6 +1005,7 @@ func TestProcessTerm(t *testing.T) {
 // A leader that was frozen and does not know that it was replaced must not
 // answer a linearizable read from its old state.
 func TestProcessFrozenLeader(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, 3, 0)
 	s.start(1, 2, 3)
 	for round := range 2 {
