@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math/rand/v2"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -81,11 +82,22 @@ func (c *cluster) startAll(n int) {
 	for _, m := range c.table {
 		c.start(m.ID)
 	}
+	c.campaign()
 	c.t.Cleanup(func() {
 		for _, id := range slices.Sorted(maps.Keys(c.nodes)) {
 			c.stop(id)
 		}
 	})
+}
+
+// campaign lets any member stand for the first election at once. All later ones
+// come as they do in production, once a leader is missed.
+func (c *cluster) campaign() {
+	c.t.Helper()
+	n := c.nodes[c.table[rand.IntN(len(c.table))].ID]
+	if err := n.node.do(c.ctx(), func() { n.node.warn("campaign", n.node.raw.Campaign()) }); err != nil {
+		c.t.Fatal(err)
+	}
 }
 
 func (c *cluster) config(id uint64) Config {
