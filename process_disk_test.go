@@ -288,9 +288,10 @@ func TestProcessOnlyDiskStalls(t *testing.T) {
 // only one thread of the tests and the processes that it starts see them, so that
 // nothing stays mounted whatever ends the tests.
 type smallDisks struct {
-	t     *testing.T
-	calls chan func()
-	root  string // shows the mounts to all threads
+	t       *testing.T
+	calls   chan func() // never closed: see newSmallDisks
+	root    string      // shows the mounts to all threads
+	mounted []string
 }
 
 func newSmallDisks(t *testing.T) *smallDisks {
@@ -303,7 +304,10 @@ func newSmallDisks(t *testing.T) *smallDisks {
 	d := &smallDisks{t: t, calls: make(chan func())}
 	ready := make(chan error)
 	go func() {
-		runtime.LockOSThread() // for good: no other goroutine may have a thread that sees other files
+		// For good: no other goroutine may have a thread that sees other files. Nor may the
+		// thread end: with it would end all processes that it started for other tests, before
+		// it came here (see launchAttr).
+		runtime.LockOSThread()
 		err := unix.Unshare(unix.CLONE_NEWNS)
 		if err == nil {
 			err = unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
@@ -314,7 +318,15 @@ func newSmallDisks(t *testing.T) *smallDisks {
 			f()
 		}
 	}()
-	t.Cleanup(func() { close(d.calls) })
+	t.Cleanup(func() {
+		if d.mounted != nil {
+			d.do(func() {
+				for _, dir := range d.mounted {
+					_ = unix.Unmount(dir, unix.MNT_DETACH) // the test may have done so
+				}
+			})
+		}
+	})
 	if err := <-ready; errors.Is(err, unix.EPERM) {
 		t.Skipf("needs root, to mount a disk of its own: %v", err)
 	} else if err != nil {
@@ -352,6 +364,7 @@ func (d *smallDisks) mount(dir, image string, size int64) {
 	d.run("truncate", "-s", strconv.FormatInt(size, 10), image)
 	d.run("mkfs.ext4", "-q", "-m", "0", "-J", "size=4,location=4M", "-E", "lazy_itable_init=0,lazy_journal_init=0", image)
 	d.run("mount", "-o", "loop", image, dir)
+	d.mounted = append(d.mounted, dir)
 }
 
 // shrink lets everything on the device of dir fail that is at or beyond a byte; 0
