@@ -319,20 +319,31 @@ func newSite(t *testing.T, n, joiners int, flags ...string) *site {
 	return s
 }
 
-// freePorts are ports on which nobody listens now. They are all held at once
-// while they are picked, so that they differ.
+// takenPorts are those that freePorts gave out.
+var takenPorts sync.Map
+
+// freePorts are ports on which nobody listens now. No test gets what another had,
+// and they lie below those that systems give to who asks for any port, which every
+// connection does: a member that is started again would find its own taken.
 func freePorts(t *testing.T, n int) []int {
 	t.Helper()
+	const low, high = 10_000, 32_768
 	var ports []int
-	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
+	for range high {
+		if len(ports) == n {
+			return ports
 		}
-		defer l.Close()
-		ports = append(ports, l.Addr().(*net.TCPAddr).Port)
+		port := low + rand.IntN(high-low)
+		if _, taken := takenPorts.LoadOrStore(port, true); taken {
+			continue
+		}
+		if l, err := net.Listen("tcp", fmt.Sprintf(":%d", port)); err == nil {
+			l.Close()
+			ports = append(ports, port)
+		}
 	}
-	return ports
+	t.Fatalf("no %d ports are free", n)
+	return nil
 }
 
 func (s *site) cluster() string { return strings.Join(s.peers[:s.listed], ",") }
