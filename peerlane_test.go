@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -575,4 +576,42 @@ func TestLaneAnswers(t *testing.T) {
 			t.Errorf("%s gave a lane", bad)
 		}
 	}
+}
+
+// Real members have a lane to each other one, also after one of them was frozen or
+// killed, and work on without.
+func TestProcessLanes(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, 3, 0)
+	s.start(1, 2, 3)
+	have := func(id, lanes int) {
+		t.Helper()
+		want := fmt.Sprintf("\npontoon_peer_lanes %d\n", lanes)
+		waitFor(t, fmt.Sprintf("%d lanes of member %d", lanes, id), func() bool {
+			a, err := s.nodes[id].try(http.MethodGet, "/metrics", "")
+			return err == nil && strings.Contains(a.body, want)
+		})
+	}
+	all := func() {
+		t.Helper()
+		for id := range s.nodes {
+			have(id, 2)
+		}
+	}
+	all()
+	s.nodes[3].signal(syscall.SIGSTOP)
+	have(1, 1)
+	have(2, 1)
+	s.nodes[1].put("key", "without")
+	s.nodes[3].signal(syscall.SIGCONT)
+	all()
+	s.nodes[3].get("key", "without")
+	for _, id := range []int{1, 3} { // one that is dialled, and one that dials
+		s.nodes[id].crash()
+		have(2, 1)
+		s.start(id)
+		all()
+		s.nodes[id].put("key", fmt.Sprint(id))
+	}
+	s.nodes[2].get("key", "3")
 }
