@@ -2,6 +2,7 @@ package main
 
 import (
 	"testing"
+	"time"
 
 	"go.etcd.io/raft/v3/raftpb"
 )
@@ -146,6 +147,67 @@ func TestLeaderGathers(t *testing.T) {
 		}
 		if b.stable < first+2 || commits && b.stable != first+2 || len(b.queue) != 0 || len(b.held) != 0 {
 			t.Errorf("commits %v: %d entries more, not 2; %d commands and %d forwarded wait", commits, b.stable-first, len(b.queue), len(b.held))
+		}
+	}
+}
+
+// A committed append is followed by the next one once all have answered it who had the log
+// before it; or after as long again as the commit took; or when one of them is gone.
+func TestLeaderAwaitsOthers(t *testing.T) {
+	for what, end := range map[string]func(b *benchNode, ack func(uint64)){
+		"all answer":        func(b *benchNode, ack func(uint64)) { ack(3) },
+		"one is gone":       func(b *benchNode, ack func(uint64)) { b.ReportUnreachable(3) },
+		"one is slow":       func(b *benchNode, ack func(uint64)) { now := b.until; b.time = func() time.Time { return now } },
+		"there is no clock": func(b *benchNode, ack func(uint64)) { b.tick(); b.tick() },
+	} {
+		b := newBenchNode(t)
+		b.lead(t)
+		now := time.Now()
+		b.time = func() time.Time { return now }
+		ack := func(from uint64) {
+			m := message(raftpb.MsgAppResp, from, b.now.term)
+			m.Index = new(b.stable)
+			if err := b.receive(m); err != nil {
+				t.Fatal(err)
+			}
+			b.settle(t)
+		}
+		propose := func() (took bool) {
+			last := b.stable
+			b.enqueue(&proposal{command: []byte("c"), done: make(chan struct{}, 1)})
+			b.settle(t)
+			return b.stable > last
+		}
+		ack(2)
+		ack(3)
+		if !propose() {
+			t.Fatal("nothing is under way, and it waits")
+		}
+		now = now.Add(time.Millisecond)
+		if propose() || b.wakeAfter() != 0 {
+			t.Fatalf("it does not wait for an append that is under way, or looks again after %v", b.wakeAfter())
+		}
+		last := b.stable
+		if ack(2); b.stable != last || b.raw.BasicStatus().GetCommit() != last {
+			t.Fatalf("entry %d follows entry %d before all have answered", b.stable, last)
+		}
+		if d := b.wakeAfter(); d != time.Millisecond {
+			t.Errorf("%s: it looks again after %v", what, d)
+		}
+		end(b, ack)
+		if b.settle(t); b.stable <= last || len(b.queue) > 0 {
+			t.Errorf("%s: the next append does not leave", what)
+		}
+		if what == "all answer" {
+			continue
+		}
+		// Whoever did not answer is not waited for again.
+		if propose() {
+			t.Errorf("%s: it does not wait for the commit", what)
+		}
+		last = b.stable
+		if ack(2); b.stable <= last || len(b.queue) > 0 {
+			t.Errorf("%s: it waits once more", what)
 		}
 	}
 }

@@ -6,7 +6,8 @@
 //	raft.go      the one goroutine that owns raft: collect, propose, ready, advance
 //	storage.go   the log and the snapshots on disk, and the order in which they are written
 //	kvstore.go   a write: propose and wait; and the goroutine that applies what was committed
-//	propose.go   the loop's side of a write: batches, and what happens when leadership moves
+//	propose.go   the loop's side of a write: batches, and what happens when leadership moves; gather.go: when
+//	             a leader makes the next append
 //	read.go      a linearizable read, views of older revisions, and where watches begin
 //	clock.go     the time that leases run by
 //	aside.go     what a member does whose disk has lost something; founder.go: one whose directory is gone

@@ -10,27 +10,36 @@ var mutants = []mutant{
 	},
 	{
 		name: "what comes on a lane is not looked at", file: "peerlane.go",
-		before: `			err = n.validateMessage(m)`,
-		after:  `			_ = n.validateMessage(m)`,
-		test:   "TestHostileLane",
+		before: `			if err := n.validateMessage(m); err != nil {
+				n.refusedAnswer(err)
+				continue`,
+		after: `			if err := n.validateMessage(m); err != nil {
+				n.refusedAnswer(err)`,
+		test: "TestHostileLane",
 	},
 	{
 		name: "a lane speaks for strangers", file: "peerlane.go",
-		before: `m.GetFrom() != ln.peer && !n.isMember(m.GetFrom())`,
-		after:  `m.GetFrom() == 0`,
+		before: `from != ln.peer && !n.isMember(from)`,
+		after:  `from == 0`,
 		test:   "TestHostileLane",
 	},
 	{
-		name: "what waits for a peer that does not read has no bound", file: "peerlane.go",
-		before: `	if len(c.mu.behind) > maxLaneBehind {`,
-		after:  `	if len(c.mu.behind) > 1<<40 {`,
-		test:   "TestPeerThatDoesNotRead",
+		name: "heartbeats wait behind appends that a peer does not take", file: "peerlane.go",
+		before: `	return c.mu.over || len(c.mu.behind) > 0`,
+		after:  `	return c.mu.over`,
+		test:   "TestPeerThatDoesNotRead|TestLanesCarry",
 	},
 	{
-		name: "the loop writes among what the lane's writer writes", file: "peerlane.go",
-		before: `	if !c.mu.writing && len(b) <= inline {`,
-		after:  `	if len(b) <= inline {`,
-		test:   "TestLanesCarry",
+		name: "a leader waits for a follower that is gone", file: "gather.go",
+		before: `		if last >= n.before && last < n.stable {`,
+		after:  `		if last < n.stable {`,
+		test:   "TestLeaderAwaitsOthers",
+	},
+	{
+		name: "a leader waits for a follower that is slow, without end", file: "gather.go",
+		before: `			return n.until.Sub(n.time())`,
+		after:  `			return time.Hour`,
+		test:   "TestLeaderAwaitsOthers",
 	},
 	{
 		name: "an error of the log is swallowed", file: "storage.go",

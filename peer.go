@@ -78,7 +78,7 @@ func (n *raftNode) IsIDRemoved(id uint64) bool { return n.members.Load().isRemov
 // ReportUnreachable and ReportSnapshot come from the transport, at times on
 // the loop's own goroutine in the middle of a send: they must not wait for it.
 func (n *raftNode) ReportUnreachable(id uint64) {
-	n.mail.post(func() { n.raw.ReportUnreachable(id) })
+	n.mail.post(func() { n.raw.ReportUnreachable(id); delete(n.acked, id) })
 }
 
 func (n *raftNode) ReportSnapshot(id uint64, status raft.SnapshotStatus) {

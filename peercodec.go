@@ -20,14 +20,20 @@ import (
 // two walks over the bytes, one of them to see what it would cost. Here it takes
 // 3, and costs no more memory than its bytes and its entries say.
 
-// fitsLane says that nothing of m is lost on a lane. Snapshots have a way of their
-// own, and the rest is between a process and its disk.
+// fitsLane says that m is not too large for a lane, and that nothing of it is lost
+// there. Snapshots have a way of their own, and the rest is between a process and its
+// disk.
 func fitsLane(m *raftpb.Message) bool {
-	return m.Snapshot == nil && len(m.Responses) == 0 && m.Vote == nil && m.GetType() != raftpb.MsgSnap
+	return m.Snapshot == nil && len(m.Responses) == 0 && m.Vote == nil && m.GetType() != raftpb.MsgSnap &&
+		maxHead+len(m.GetContext())+len(m.GetEntries())*maxEntryHead+entryBytes(m.GetEntries()) <= maxLaneMessage
 }
 
-// minEntry is the least that an entry takes.
-const minEntry = 4
+// What messages and entries take at most besides their data, and entries at least.
+const (
+	maxHead      = 2 + 8*binary.MaxVarintLen64
+	maxEntryHead = 1 + 3*binary.MaxVarintLen64
+	minEntry     = 4
+)
 
 // appendMessage appends m, for which fitsLane holds.
 func appendMessage(b []byte, m *raftpb.Message) []byte {
@@ -85,7 +91,7 @@ func readMessage(b []byte, to uint64) (*raftpb.Message, error) {
 	}
 	m.Context = r.sized()
 	count := r.number()
-	if r.short || count > maxPeerEntries || count > uint64(len(r.b)/minEntry) {
+	if r.short || count > uint64(len(r.b)/minEntry) {
 		return nil, fmt.Errorf("%w: it is cut short, or announces %d entries", errBadFrame, count)
 	}
 	if count > 0 {

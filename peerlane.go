@@ -29,9 +29,14 @@ import (
 // turn comes, and through protobuf. Of a member that has few clients, to wake them
 // was most of the work, and of a write by a single client most of its time.
 //
-// rafthttp keeps what lanes do not do: snapshots, who is reachable, who was
-// removed, and all messages while no lane stands. So a lane may refuse and end
+// rafthttp keeps what lanes do not do: snapshots, large messages, who is reachable,
+// who was removed, and all messages while no lane stands. So a lane may refuse and end
 // whenever anything is odd; nothing is lost that raft would miss.
+//
+// A lane keeps no queue: what the kernel does not take at once is written by the
+// lane's writer, and as long as that lasts all else goes by rafthttp, which has a
+// connection for appends and another one for what has to be in time. Otherwise a
+// heartbeat could wait behind appends until the follower stands for election.
 //
 //	the member with the higher id                     the other
 //	GET /pontoon/lane, Upgrade: pontoon-lane/1   →
@@ -68,16 +73,15 @@ const (
 	laneProtocol = "pontoon-lane/1"
 	laneHeadMax  = 4 << 10 // of the answer to a request for a lane
 	laneBuffer   = 64 << 10
+	laneRetry    = 100 * time.Millisecond
+	laneRetryMax = 2 * time.Second
 
-	maxLaneInline = 128 << 10 // more is written by the lane's writer, so that the loop goes on to its own disk
-	maxLaneBehind = 32 << 20  // waits for a peer that does not read; messages beyond it are dropped
-	laneWriteMax  = 256 << 10 // of one write by the writer, which has to come to an end within peerPatience
-	laneRetry     = 100 * time.Millisecond
-	laneRetryMax  = 2 * time.Second
+	maxLaneMessage = 256 << 10          // larger ones go by rafthttp
+	laneKernel     = 2 * maxLaneMessage // what the kernel holds of a lane; more would be late on a slow line
 )
 
-// laneSilence ends a lane on which nothing comes: whoever has nothing to say sends a
-// sign of life four times as often.
+// laneSilence ends a lane on which nothing comes, or on which a message that has begun does
+// not end: whoever has nothing to say sends a sign of life before half of it has passed.
 const laneSilence = 2 * time.Second
 
 func newLanes(n *raftNode, t transport) *lanes {
@@ -92,20 +96,15 @@ func (l *lanes) Send(ms []*raftpb.Message) {
 	l.mu.Lock()
 	for _, m := range ms {
 		p := l.mu.peers[m.GetTo()]
-		if p == nil || p.lane == nil || !fitsLane(m) {
+		if p == nil || p.lane == nil || !fitsLane(m) || p.lane.isBusy() {
 			l.others = append(l.others, m)
-			continue
-		}
-		if p.lane.add(m) {
+		} else if p.lane.add(m) {
 			l.touched = append(l.touched, p.lane)
 		}
 	}
 	l.mu.Unlock()
 	for _, c := range l.touched {
-		if !c.flush() {
-			l.node.met.droppedMessages.Inc()
-			l.node.ReportUnreachable(c.peer)
-		}
+		c.flush()
 	}
 	clear(l.touched)
 	l.touched = l.touched[:0]
@@ -199,7 +198,7 @@ func (l *lanes) dial(ctx context.Context, id uint64, peerURL string) {
 		start := time.Now()
 		c, src, err := l.open(ctx, id, peerURL)
 		if err == nil {
-			err = l.serve(id, c, c, src)
+			err = l.serve(ctx, id, c, c, src)
 		}
 		if time.Since(start) > laneRetryMax {
 			pause = laneRetry
@@ -318,43 +317,43 @@ func (l *lanes) accept(w http.ResponseWriter, r *http.Request) {
 	answer := "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: " + laneProtocol + "\r\n\r\n"
 	err = errors.Join(err, inner.SetDeadline(time.Now().Add(l.silence)), second(io.WriteString(inner, answer)), inner.SetDeadline(time.Time{}))
 	if err == nil {
-		err = l.serve(uint64(from), c, inner, bufio.NewReaderSize(io.MultiReader(bytes.NewReader(early), inner), laneBuffer))
+		err = l.serve(l.ctx, uint64(from), c, inner, bufio.NewReaderSize(io.MultiReader(bytes.NewReader(early), inner), laneBuffer))
 	} else {
 		_ = c.Close()
 	}
 	n.log.Debug("a lane has ended", zap.Uint64("peer", uint64(from)), zap.Error(err))
 }
 
-// serve carries messages until the lane ends, and says why it did. outer is c, or
-// what has to be closed in its place.
-func (l *lanes) serve(peer uint64, outer, c net.Conn, src *bufio.Reader) error {
-	sc, ok := c.(syscall.Conn)
+// serve carries messages until the lane ends, and says why it did. It does not begin
+// once ctx has ended. outer is c, or what has to be closed in its place.
+func (l *lanes) serve(ctx context.Context, peer uint64, outer, c net.Conn, src *bufio.Reader) error {
+	tcp, ok := c.(*net.TCPConn)
 	if !ok {
-		return errors.Join(fmt.Errorf("a lane needs a socket, not a %T", c), outer.Close())
+		return errors.Join(fmt.Errorf("a lane needs a TCP connection, not a %T", c), outer.Close())
 	}
-	raw, err := sc.SyscallConn()
-	if err != nil {
+	raw, err := tcp.SyscallConn()
+	if err = errors.Join(err, tcp.SetWriteBuffer(laneKernel)); err != nil {
 		return errors.Join(err, outer.Close())
 	}
 	ln := &lane{peer: peer, conn: c, raw: raw, close: sync.OnceFunc(func() { _ = outer.Close() }), wake: make(chan struct{}, 1), ended: make(chan struct{})}
 	ln.try = ln.tryWrite
-	if !l.attach(ln) {
+	if !l.attach(ctx, ln) {
 		ln.end()
 		return errStopping
 	}
 	defer l.detach(ln)
 	// goroutine: lane-writer
-	l.wg.Go(func() { ln.write(l.silence / 4) })
+	l.wg.Go(func() { ln.write(l.silence) })
 	defer ln.end()
 	return l.read(ln, src)
 }
 
 // attach puts ln in the place of the lane that the peer had.
-func (l *lanes) attach(ln *lane) bool {
+func (l *lanes) attach(ctx context.Context, ln *lane) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	p := l.mu.peers[ln.peer]
-	if p == nil || l.mu.stopped {
+	if p == nil || l.mu.stopped || ctx.Err() != nil {
 		return false
 	}
 	if p.lane != nil {
@@ -378,19 +377,14 @@ func (l *lanes) detach(ln *lane) {
 // read hands on what comes, until something is wrong.
 func (l *lanes) read(ln *lane, src *bufio.Reader) error {
 	n := l.node
-	until := time.Time{} // the deadline in force
-	arm := func(d time.Duration) error {
-		now := time.Now()
-		if left := until.Sub(now); d/2 < left && left <= d {
-			return nil
-		}
-		until = now.Add(d)
-		return ln.conn.SetReadDeadline(until)
-	}
+	until := time.Time{} // the deadline in force: most reads find one that will do
 	for {
 		if src.Buffered() < 4 {
-			if err := arm(l.silence); err != nil {
-				return err
+			if now := time.Now(); until.Sub(now) < l.silence*3/4 {
+				until = now.Add(l.silence)
+				if err := ln.conn.SetReadDeadline(until); err != nil {
+					return err
+				}
 			}
 		}
 		head, err := src.Peek(4)
@@ -398,52 +392,41 @@ func (l *lanes) read(ln *lane, src *bufio.Reader) error {
 			return err
 		}
 		size := int(binary.BigEndian.Uint32(head))
-		if size > maxPeerFrame {
-			n.refusedAnswer(fmt.Errorf("%w: a frame of more than %d bytes", errBadFrame, maxPeerFrame))
+		if size > maxLaneMessage {
+			n.refusedAnswer(fmt.Errorf("%w: a frame of more than %d bytes on a lane", errBadFrame, maxLaneMessage))
 			return errBadFrame
 		}
-		if _, err := src.Discard(4); err != nil || size == 0 {
-			if err != nil {
-				return err
-			}
+		if _, err := src.Discard(4); err != nil {
+			return err
+		}
+		if size == 0 {
 			continue
 		}
 		if src.Buffered() < size {
-			if err := arm(peerPatience + time.Duration(size/peerPace)*time.Second); err != nil {
+			until = time.Now().Add(l.silence)
+			if err := ln.conn.SetReadDeadline(until); err != nil {
 				return err
 			}
 		}
-		frame, err := readGrowing(src, size)
-		if err != nil {
+		frame := make([]byte, size) // what is read from it refers to it
+		if _, err := io.ReadFull(src, frame); err != nil {
 			return err
 		}
 		m, err := readMessage(frame, n.id)
-		if err == nil && m.GetFrom() != ln.peer && !n.isMember(m.GetFrom()) {
-			continue // our table may lag behind the peer's
-		}
-		if err == nil {
-			err = n.validateMessage(m)
-		}
 		if err != nil {
 			n.refusedAnswer(err)
 			return err
 		}
-		n.queueMessage(m, int64(size+messageObject+len(m.GetEntries())*entryObject))
-	}
-}
-
-// readGrowing reads size bytes into memory that grows with what has come, not with
-// what was announced.
-func readGrowing(src io.Reader, size int) ([]byte, error) {
-	b := make([]byte, min(size, 64<<10))
-	for at := 0; ; {
-		if _, err := io.ReadFull(src, b[at:]); err != nil {
-			return nil, err
+		switch from := m.GetFrom(); {
+		case n.IsIDRemoved(from): // it has not heard of that yet
+		case from != ln.peer && !n.isMember(from): // our table may lag behind the peer's
+		default:
+			if err := n.validateMessage(m); err != nil {
+				n.refusedAnswer(err)
+				continue
+			}
+			n.queueMessage(m, int64(size+messageObject+len(m.GetEntries())*entryObject))
 		}
-		if at = len(b); at == size {
-			return b, nil
-		}
-		b = slices.Grow(b, min(size-at, at))[:min(size, 2*at)]
 	}
 }
 
@@ -461,16 +444,22 @@ type lane struct {
 
 	mu struct {
 		sync.Mutex
-		over    bool
-		wrote   bool   // something since the last look
-		writing bool   // the writer has bytes to write, and all others come behind them
-		behind  []byte // those that it has not taken yet
+		over   bool
+		wrote  bool   // something since the last look
+		behind []byte // what the kernel did not take, for the writer; until it has written that, the lane is busy
 	}
 
 	// Of tryWrite; under mu.
 	try  func(fd uintptr) bool
 	rest []byte
 	err  error
+}
+
+// isBusy says that nothing may be added now.
+func (c *lane) isBusy() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.mu.over || len(c.mu.behind) > 0
 }
 
 // add puts m behind what is to be sent, and says whether it is the first.
@@ -481,43 +470,32 @@ func (c *lane) add(m *raftpb.Message) bool {
 	return at == 0
 }
 
-// flush sends what was added without waiting for the peer. It reports false where
-// that was dropped.
-func (c *lane) flush() bool {
-	out := c.out
+// flush sends what was added without waiting for the peer.
+func (c *lane) flush() {
+	c.mu.Lock()
+	c.sendLocked(c.out)
+	c.mu.Unlock()
 	if c.out = c.out[:0]; cap(c.out) > keptFrame {
 		c.out = nil
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.sendLocked(out, maxLaneInline)
 }
 
-func (c *lane) sendLocked(b []byte, inline int) bool {
+// sendLocked wants a lane that is not busy.
+func (c *lane) sendLocked(b []byte) {
 	if c.mu.over {
-		return false
+		return
 	}
 	c.mu.wrote = true
-	if !c.mu.writing && len(b) <= inline {
-		c.rest = b
-		if err := errors.Join(c.raw.Write(c.try), c.err); err != nil {
-			c.endLocked()
-			return false
-		}
-		if b, c.rest = c.rest, nil; len(b) == 0 {
-			return true
-		}
+	c.rest = b
+	if err := errors.Join(c.raw.Write(c.try), c.err); err != nil {
+		c.endLocked()
+		return
 	}
-	if len(c.mu.behind) > maxLaneBehind {
-		return false
+	if len(c.rest) > 0 {
+		c.mu.behind = slices.Clone(c.rest)
+		c.wake <- struct{}{} // there is room: the writer empties it before the lane can be busy again
 	}
-	c.mu.behind = append(c.mu.behind, b...)
-	c.mu.writing = true
-	select {
-	case c.wake <- struct{}{}:
-	default:
-	}
-	return true
+	c.rest = nil
 }
 
 // tryWrite gives the kernel what it takes now.
@@ -532,21 +510,21 @@ func (c *lane) tryWrite(fd uintptr) bool {
 	return true // whatever it was: do not wait
 }
 
-// write is the lane's writer: it sends what the loop would have to wait for, and a
-// sign of life where there was nothing else for so long.
-func (c *lane) write(idle time.Duration) {
-	t := time.NewTicker(idle)
+// write is the lane's writer: it writes what the loop would have to wait for, and a
+// sign of life where a quarter of silence has passed without anything else.
+func (c *lane) write(silence time.Duration) {
+	t := time.NewTicker(silence / 4)
 	defer t.Stop()
 	for {
 		select {
 		case <-c.wake:
-			if err := c.catchUp(); err != nil {
+			if err := c.finish(silence); err != nil {
 				c.end()
 			}
 		case <-t.C:
 			c.mu.Lock()
-			if !c.mu.wrote {
-				c.sendLocked(make([]byte, 4), maxLaneInline)
+			if !c.mu.wrote && len(c.mu.behind) == 0 {
+				c.sendLocked(make([]byte, 4))
 			}
 			c.mu.wrote = false
 			c.mu.Unlock()
@@ -556,24 +534,19 @@ func (c *lane) write(idle time.Duration) {
 	}
 }
 
-func (c *lane) catchUp() error {
-	for {
-		c.mu.Lock()
-		b := c.mu.behind
-		c.mu.behind, c.mu.writing = nil, len(b) > 0
-		c.mu.Unlock()
-		if len(b) == 0 {
-			return nil
-		}
-		for piece := range slices.Chunk(b, laneWriteMax) {
-			if err := errors.Join(c.conn.SetWriteDeadline(time.Now().Add(peerPatience)), second(c.conn.Write(piece))); err != nil {
-				return err
-			}
-		}
-		if err := c.conn.SetWriteDeadline(time.Time{}); err != nil {
-			return err
-		}
+// finish writes what is behind, for which the peer has until it would call this
+// member silent.
+func (c *lane) finish(silence time.Duration) error {
+	c.mu.Lock()
+	b := c.mu.behind
+	c.mu.Unlock()
+	if err := errors.Join(c.conn.SetWriteDeadline(time.Now().Add(silence)), second(c.conn.Write(b)), c.conn.SetWriteDeadline(time.Time{})); err != nil {
+		return err
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.mu.behind = nil
+	return nil
 }
 
 func (c *lane) end() {

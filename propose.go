@@ -55,16 +55,6 @@ func (n *raftNode) mayPropose() bool { return n.hasLeader() && !n.gathers() }
 // most gaps in leadership are a few milliseconds.
 func (n *raftNode) hasLeader() bool { return n.now.lead != raft.None && !n.dropped }
 
-// gathers says that a leader lets proposals wait for the append under way: one
-// larger append costs all members less than two (measured: a fifth less CPU for
-// a write at 16 clients, an eighth at 128). A client alone never waits, and none for
-// longer than the next tick but one after the last proposals, so that a slow follower
-// is not waited for. What the leader itself proposes (kv.Tick, changes of members)
-// does not count: it could hold up the others for ever.
-func (n *raftNode) gathers() bool {
-	return n.now.state == raft.StateLeader && n.ticks-n.proposedAt < 2 && n.stable > n.raw.BasicStatus().GetCommit()
-}
-
 // propose packs what waits into log entries, one as a rule. On a follower,
 // raft forwards them to the leader.
 func (n *raftNode) propose() {

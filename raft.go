@@ -97,7 +97,7 @@ type raftNode struct {
 	stable        uint64            // last entry on this disk
 	committedTerm uint64            // term of the last entry published
 	appended      bool              // by a leader, since the last own batch was forwarded
-	proposedAt    uint64            // tick at which what waited was last proposed
+	gathering                       // see gather.go
 	unsaved       bool              // an append or a snapshot was stepped and is not on disk yet
 	later         []*raftpb.Message // heartbeats that wait for that
 	acks          []*raftpb.Message // may be sent, and leave with what the next turn has to send
@@ -161,6 +161,7 @@ func newRaftNode(cfg Config, boot uint64, r *recovered, store logStore, snaps sn
 		answered:    map[uint64]uint64{},
 		sending:     map[uint64]uint64{},
 		leaving:     map[uint64]uint64{},
+		gathering:   gathering{acked: map[uint64]uint64{}},
 		tended:      map[uint64]uint64{},
 	}
 	n.ask = n.askMember
@@ -222,6 +223,8 @@ func newRaftNode(cfg Config, boot uint64, r *recovered, store logStore, snaps sn
 func (n *raftNode) serveChannels() (err error) {
 	ticker := time.NewTicker(n.cfg.TickInterval)
 	defer ticker.Stop()
+	look := time.NewTimer(time.Hour) // reset where it is waited for
+	defer look.Stop()
 	defer n.end()
 	n.begin()
 	for n.removed == nil {
@@ -241,7 +244,13 @@ func (n *raftNode) serveChannels() (err error) {
 			default:
 			}
 		} else {
+			var late <-chan time.Time
+			if d := n.wakeAfter(); d > 0 {
+				look.Reset(d)
+				late = look.C
+			}
 			select {
+			case <-late:
 			case <-ticker.C:
 				n.tick()
 			case p := <-n.proposeC:
@@ -376,6 +385,9 @@ func (n *raftNode) step(m *raftpb.Message) {
 			n.refuse(m, "it acknowledges more than this log holds")
 			return
 		}
+		if !m.GetReject() && n.leads(m) {
+			n.noteAck(m)
+		}
 	case raftpb.MsgHeartbeatResp:
 		c := m.GetContext()
 		if len(c) != 8 {
@@ -473,6 +485,9 @@ func (n *raftNode) ready() error {
 	}
 	// Appends and heartbeats may leave while the disk works (thesis 10.2.1).
 	// Votes and acknowledgements of appends promise that the disk is done.
+	if len(rd.Entries) > 0 {
+		n.noteAppend()
+	}
 	early, late := n.sort(rd.Messages)
 	n.send(append(n.acks, early...))
 
@@ -483,7 +498,10 @@ func (n *raftNode) ready() error {
 		return err
 	}
 	n.acks = late
-	n.publish(fresh)
+	if len(fresh) > 0 { // that may wait for the apply loop
+		n.sendAcks()
+		n.publish(fresh)
+	}
 	n.raw.Advance(rd)
 	n.finishReads(rd.ReadStates)
 	n.unsaved = false
@@ -504,6 +522,7 @@ func (n *raftNode) observe(rd raft.Ready) {
 		if t := rd.HardState.GetTerm(); t != n.now.term {
 			n.now.term, n.readSent = t, 0
 			clear(n.answered)
+			clear(n.acked)
 		}
 		n.progress.committed.Store(rd.HardState.GetCommit())
 	}

@@ -148,6 +148,7 @@ func (n *raftNode) reconnect(index uint64, c memberChange) {
 		n.leaving[id] = n.ticks + 3 // time for the removed member to hear of it
 		delete(n.lastSeen, id)
 		delete(n.answered, id)
+		delete(n.acked, id)
 	case c.Op == opUpdate && len(c.Member.PeerURLs) > 0:
 		n.tr.UpdatePeer(types.ID(id), c.Member.PeerURLs)
 	}

@@ -178,7 +178,7 @@ func simMarkers() (markers []string) {
 	return append(markers, "crash before a snapshot is recorded/leader/steady", "crash after a snapshot is recorded/leader/steady",
 		"crash before an install/follower/installing", "installs a snapshot/follower/installing", "installs a snapshot/learner/installing",
 		"crash/loses records", "rot/leader/steady", "load/older snapshot", "load/refused", "removed", "removed/refused", "removed/asks to come back", "changed/add", "changed/remove",
-		"once/retried", "once/replayed", "lease/ended", "lease/kept alive", "watch/cut", "watch/resumed", "apply/back-pressure",
+		"once/retried", "once/replayed", "lease/ended", "lease/kept alive", "watch/cut", "watch/resumed", "apply/back-pressure", "gather/others",
 		"write/done", "write/unknown", "write/"+errNoLeader.Error(), "write/"+errNotProposed.Error(), "write/"+errDiskLow.Error(), "write/"+errStopping.Error(),
 		"read/done", "read/failed")
 }

@@ -222,6 +222,9 @@ func (w *simWorld) run(n *simNode, f func() error) {
 	}
 	if n.n.busy() || len(n.n.recvC) > 0 || len(n.n.proposeC) > 0 {
 		w.wake(n)
+	} else if d := n.n.wakeAfter(); d > 0 {
+		w.cover.Hit("gather/others")
+		w.q.After(time.Duration(float64(d)/n.m.rate)+1, func() { w.wake(n) })
 	}
 	w.applySoon(n)
 	n.poll()
