@@ -152,7 +152,7 @@ func TestLeaderGathers(t *testing.T) {
 }
 
 // A committed append is followed by the next one once all have answered it who had the log
-// before it; or after as long again as the commit took; or when one of them is gone.
+// before it; or after twice as long as the commit took; or when one of them is gone.
 func TestLeaderAwaitsOthers(t *testing.T) {
 	for what, end := range map[string]func(b *benchNode, ack func(uint64)){
 		"all answer":        func(b *benchNode, ack func(uint64)) { ack(3) },
@@ -191,7 +191,7 @@ func TestLeaderAwaitsOthers(t *testing.T) {
 		if ack(2); b.stable != last || b.raw.BasicStatus().GetCommit() != last {
 			t.Fatalf("entry %d follows entry %d before all have answered", b.stable, last)
 		}
-		if d := b.wakeAfter(); d != time.Millisecond {
+		if d := b.wakeAfter(); d != 2*time.Millisecond {
 			t.Errorf("%s: it looks again after %v", what, d)
 		}
 		end(b, ack)

@@ -14,15 +14,15 @@ import (
 //
 // The append is under way until it is committed; and a little longer, until the other
 // followers have answered it too. Those are about to: what they forward comes with
-// their answers, and would else just miss the next append. That makes appends half as
-// large again at 128 clients.
+// their answers, and would else just miss the next append. That makes appends a third
+// larger at 128 clients.
 //
 // Nobody waits without something being under way: a client alone never does. And
 // nobody waits for long:
 //
 //   - for no follower that did not have the log before this append, so for one that is
 //     slow or gone at most once, and not at all for one that is known to be;
-//   - after the commit at most as long again as the commit took;
+//   - after the commit at most twice as long as the commit took;
 //   - altogether no longer than the next tick but one after the last proposals. What the
 //     leader itself proposes (kv.Tick, changes of members) does not count: it could
 //     hold up the others for ever.
@@ -44,7 +44,7 @@ func (n *raftNode) gathers() bool {
 	}
 	if n.until.IsZero() {
 		now := n.time()
-		n.until = now.Add(now.Sub(n.began))
+		n.until = now.Add(2 * now.Sub(n.began))
 	}
 	return n.awaitsOthers() > 0
 }
