@@ -360,7 +360,7 @@ func attacks() []attack {
 		}},
 		{name: "heads of 1 MiB", conns: 2000, each: 160 << 10, run: func(a *attackers) {
 			a.each(func(i int, c net.Conn) error {
-				return a.pour(c, "GET /k HTTP/1.1\r\nHost: x\r\n", "X-"+strconv.Itoa(i)+": "+large[:8000]+"\r\n", mib)
+				return a.pour(c, "GET /k HTTP/1.1\r\nHost: x\r\n", strings.Repeat("X-"+strconv.Itoa(i)+": "+large[:8000]+"\r\n", 8), mib)
 			})
 		}},
 		{name: "requests without reading answers", conns: 1000, each: 100 << 10, run: func(a *attackers) {
