@@ -100,7 +100,8 @@ type simWorld struct {
 	cover   sim.Cover
 	members []*simMember // all that ever were, by id
 	founded []clusterURL
-	changes int // membership changes under way
+	changes int           // membership changes under way
+	removal time.Duration // when one was last proposed; 0: never
 	healed  bool
 	healAt  time.Duration
 	rate    float64 // of the fastest clock
@@ -329,8 +330,9 @@ func (w *simWorld) nemesis() {
 		}
 	})
 	one(p.spoil, func(m *simMember) {
-		// Its own table may be behind: others may have left.
-		three := len(m.node.n.members.Load().voters()) > 2 && len(slices.DeleteFunc(slices.Clone(w.members), func(x *simMember) bool { return x.gone })) > 2
+		// Its own table may be behind: others may have left, or be about to.
+		leaving := w.removal > 0 && w.q.Now()-w.removal < 3*time.Second
+		three := !leaving && len(m.node.n.members.Load().voters()) > 2 && len(slices.DeleteFunc(slices.Clone(w.members), func(x *simMember) bool { return x.gone })) > 2
 		if w.intact() && m.disk.spoil(r, r.Chance(0.4) && three) {
 			w.mark("rot", m)
 		}
@@ -463,6 +465,7 @@ func (w *simWorld) replace(m *simMember) {
 
 func (w *simWorld) proposeRemoval(n *simNode, id uint64) {
 	w.changes++
+	w.removal = w.q.Now()
 	w.do(n, func() { // removeMember asks more, of the leader; the world may harm itself, and heals
 		w.changes--
 		if n.n.members.Load().mayRemove(id, n.n.alive) == nil {
