@@ -119,7 +119,7 @@ func (s *site) clients() *clients {
 		urls = append(urls, fmt.Sprintf("http://127.0.0.1:%d", port))
 	}
 	via := &http.Client{Timeout: 1500 * time.Millisecond, Transport: &http.Transport{MaxIdleConnsPerHost: 64}}
-	return newClients(s.t, uint64(time.Now().UnixNano()), via, urls)
+	return newClients(s.t, uint64(time.Now().UnixNano()), 0, via, urls)
 }
 
 // A write or a sync that fails ends the process at once, with its own exit code,

@@ -108,10 +108,11 @@ const (
 	historyKeys    = 4 // at a time
 )
 
-// newClients begins to call the members at urls. via should give up on a request
+// newClients begins to call the members at urls, with the keys of a round. via should give up on a request
 // soon after the second that a member is given.
-func newClients(t *testing.T, seed uint64, via *http.Client, urls []string) *clients {
+func newClients(t *testing.T, seed uint64, round int64, via *http.Client, urls []string) *clients {
 	c := &clients{t: t, seed: seed, urls: urls, via: via, start: time.Now(), stopC: make(chan struct{})}
+	c.round.Store(round)
 	c.mu.byKey, c.mu.last = map[string][]porcupine.Operation{}, map[string]cellOut{}
 	for id := range historyClients {
 		c.wg.Go(func() { c.run(id) })

@@ -478,15 +478,17 @@ func TestProcessChaos(t *testing.T) {
 	t.Logf("the same again: go test -run TestProcessChaos -chaos.duration %v -chaos.seed %d .", *chaosDuration, seed)
 	r := rand.New(rand.NewPCG(seed, 0))
 	began := time.Now()
+	strikes := int64(0) // each has keys of its own: a history begins without them
 	for done := false; !done; done = *chaosDuration == 0 || time.Since(began) > *chaosDuration || t.Failed() {
-		x := &chaos{netSite: s, c: newClients(t, r.Uint64(), s.web, urls), r: r}
+		x := &chaos{netSite: s, c: newClients(t, r.Uint64(), strikes, s.web, urls), r: r}
 		x.c.grow(30)
-		for i, f := range faults {
+		for _, f := range faults {
 			if *chaosDuration > 0 {
 				f = faults[r.IntN(len(faults))]
 			}
 			t.Logf("%6.1fs %s", time.Since(began).Seconds(), f.name)
-			x.c.round.Store(int64(i))
+			x.c.round.Store(strikes)
+			strikes++
 			f.strike(x)
 			x.together()
 		}
