@@ -154,15 +154,16 @@ func TestLeaderGathers(t *testing.T) {
 // A committed append is followed by the next one once all have answered it who had the log
 // before it; or after twice as long as the commit took; or when one of them is gone.
 func TestLeaderAwaitsOthers(t *testing.T) {
+	var now time.Time
 	for what, end := range map[string]func(b *benchNode, ack func(uint64)){
 		"all answer":        func(b *benchNode, ack func(uint64)) { ack(3) },
 		"one is gone":       func(b *benchNode, ack func(uint64)) { b.ReportUnreachable(3) },
-		"one is slow":       func(b *benchNode, ack func(uint64)) { now := b.until; b.time = func() time.Time { return now } },
+		"one is slow":       func(b *benchNode, ack func(uint64)) { now = b.until },
 		"there is no clock": func(b *benchNode, ack func(uint64)) { b.tick(); b.tick() },
 	} {
 		b := newBenchNode(t)
 		b.lead(t)
-		now := time.Now()
+		now = time.Now()
 		b.time = func() time.Time { return now }
 		ack := func(from uint64) {
 			m := message(raftpb.MsgAppResp, from, b.now.term)
@@ -205,6 +206,7 @@ func TestLeaderAwaitsOthers(t *testing.T) {
 		if propose() {
 			t.Errorf("%s: it does not wait for the commit", what)
 		}
+		now = now.Add(time.Millisecond)
 		last = b.stable
 		if ack(2); b.stable <= last || len(b.queue) > 0 {
 			t.Errorf("%s: it waits once more", what)
