@@ -181,6 +181,10 @@ func TestLeaderAwaitsOthers(t *testing.T) {
 		}
 		ack(2)
 		ack(3)
+		ack(99) // no member
+		if len(b.acked) != 2 {
+			t.Fatalf("it knows what %d followers have", len(b.acked))
+		}
 		if !propose() {
 			t.Fatal("nothing is under way, and it waits")
 		}

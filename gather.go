@@ -71,7 +71,10 @@ func (n *raftNode) wakeAfter() time.Duration {
 // noteAppend is told of each append that a leader makes, before it leaves.
 func (n *raftNode) noteAppend() { n.before, n.began, n.until = n.stable, n.time(), time.Time{} }
 
-// noteAck is told what followers acknowledge.
+// noteAck is told what is acknowledged to this leader. Members alone count: whoever
+// reaches the peer port may make up others without end.
 func (n *raftNode) noteAck(m *raftpb.Message) {
-	n.acked[m.GetFrom()] = max(n.acked[m.GetFrom()], m.GetIndex())
+	if _, known := n.lastSeen[m.GetFrom()]; known {
+		n.acked[m.GetFrom()] = max(n.acked[m.GetFrom()], m.GetIndex())
+	}
 }
